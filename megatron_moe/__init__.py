@@ -1,0 +1,1 @@
+"""Sparse Mixture-of-Experts Transformers that train the same on any parallel layout."""

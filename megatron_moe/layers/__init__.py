@@ -1,0 +1,1 @@
+"""Transformer parts, split over tensor and context parallel ranks."""

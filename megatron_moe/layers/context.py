@@ -1,0 +1,54 @@
+"""What every layer is told of a forward pass, so that nothing is written to self."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from megatron_moe.layers.weight_gradients import WeightGradients
+from megatron_moe.parallel.random import KeyedRandom
+
+
+class KeyValueCache(Protocol):
+    """Keys and values of earlier tokens, one store for each layer (decoding only)."""
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Add (S, B, G, D) of the new tokens; returns all so far, (past + S, B, G, D)."""
+
+
+@dataclass(frozen=True)
+class SequenceView:
+    """The tokens of one stream of a microbatch: whole on every rank (they are a few integers), S sequence, B samples."""
+
+    tokens: Tensor  # (S, B) int64 vocabulary ids
+    positions: Tensor  # (S, B) int64 for position embeddings; may restart in packed documents
+    segments: Tensor  # (S, B) int32 document in the sample; -1 = padding
+    sample_ids: Tensor  # (B,) int64 place in the run's sample order
+    rows: Tensor  # (S/cp,) int64: which sequence indices this context-parallel rank holds, in its order
+    segmented: bool  # False: one segment and no padding everywhere, known on the host
+    start: int = 0  # sequence index of row 0 (decoding)
+
+    @property
+    def length(self) -> int:
+        return self.tokens.shape[0]
+
+    @property
+    def num_samples(self) -> int:
+        return self.tokens.shape[1]
+
+    @property
+    def num_rows(self) -> int:
+        """Sequence rows of this context-parallel rank."""
+        return self.rows.shape[0]
+
+
+@dataclass(frozen=True)
+class ForwardContext:
+    """One forward pass of one microbatch."""
+
+    view: SequenceView
+    random: KeyedRandom  # at (seed, step); layers add stream and layer
+    train: bool
+    sequence_parallel: bool  # a choice of this pass: decoding one token turns it off
+    weight_gradients: WeightGradients | None = None
+    cache: KeyValueCache | None = None

@@ -1,0 +1,36 @@
+"""The dense feed-forward layer: two products, split over tp by the inner width."""
+
+import torch
+from torch import Tensor, nn
+
+from megatron_moe.layers.context import ForwardContext
+from megatron_moe.layers.linear import enter_parallel, leave_parallel, linear
+from megatron_moe.ops.activation import ACTIVATIONS
+from megatron_moe.parallel.layout import Init, ParamLayout, new_parameter
+from megatron_moe.parallel.state import Axis
+
+
+class MLP(nn.Module):
+    """w1 (2, F, H): gate and up, or (1, F, H) without a gate; w2 (H, F)."""
+
+    def __init__(
+        self, hidden_size: int, ffn_size: int, activation: str, tp: Axis, *, init_std: float, output_std: float, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        branches, self.activation = ACTIVATIONS[activation]
+        self.hidden_size = hidden_size
+        self.tp = tp
+        self.w1 = new_parameter(
+            ParamLayout((branches, ffn_size, hidden_size), splits={1: "tp"}, init=Init(std=init_std)), tp, dtype=dtype
+        )
+        self.w2 = new_parameter(ParamLayout((hidden_size, ffn_size), splits={1: "tp"}, init=Init(std=output_std)), tp, dtype=dtype)
+
+    def forward(self, hidden: Tensor, ctx: ForwardContext) -> Tensor:
+        """(S/(cp·tp), B, H) under sequence parallelism, else (S/cp, B, H); the same shape back."""
+        rows = ctx.view.num_rows
+        whole = enter_parallel(hidden, self.tp, rows, ctx.sequence_parallel)
+        branches, local_ffn, _ = self.w1.shape
+        inner = linear(whole, self.w1, branches * local_ffn, ctx.weight_gradients)
+        joined = self.activation(inner.view(*inner.shape[:-1], branches, local_ffn))
+        partial = linear(joined, self.w2, self.hidden_size, ctx.weight_gradients)
+        return leave_parallel(partial, self.tp, rows, ctx.sequence_parallel)

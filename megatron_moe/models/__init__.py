@@ -1,0 +1,1 @@
+"""Layers stacked into pipeline stages."""

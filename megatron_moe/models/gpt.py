@@ -1,0 +1,86 @@
+"""The decoder-only family as pipeline stages."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from megatron_moe.layers.context import ForwardContext
+from megatron_moe.layers.embedding import VocabularyEmbedding, VocabularyHead, project_to_vocabulary
+from megatron_moe.layers.norm import Norm
+from megatron_moe.models.transformer import LayerSpec, TransformerLayer
+from megatron_moe.moe.layer import MoELayer
+from megatron_moe.moe.plan import RoutingReport
+from megatron_moe.parallel.collectives import shares
+from megatron_moe.parallel.state import ParallelState
+
+
+@dataclass(frozen=True)
+class GPTSpec:
+    """A whole decoder-only model."""
+
+    layers: tuple[LayerSpec, ...]
+    hidden_size: int
+    vocab_size: int  # ids that mean something
+    padded_vocab_size: int
+    tied: bool
+    init_std: float
+    normalization: str
+    norm_epsilon: float
+    dtype: torch.dtype
+    sequence_parallel: bool
+
+
+@dataclass(frozen=True)
+class StageOutput:
+    """What a stage passes on, and what its MoE layers report."""
+
+    tensors: dict[str, Tensor]  # "hidden", or "logits" (S/cp, B, V/tp) from the last stage
+    reports: list[RoutingReport]
+
+
+class GPTStage(nn.Module):
+    """A run of layers; the first stage also embeds, the last one also projects to the vocabulary."""
+
+    def __init__(self, spec: GPTSpec, layer_range: range, state: ParallelState, *, first: bool, last: bool) -> None:
+        super().__init__()
+        self.spec = spec
+        self.tp = state.tp
+        self.first = first
+        self.last = last
+        if first or (last and spec.tied):
+            self.embedding = VocabularyEmbedding(
+                spec.padded_vocab_size, spec.hidden_size, state.tp, std=spec.init_std, tied=spec.tied, dtype=spec.dtype
+            )
+        self.layers = nn.ModuleDict({str(index): TransformerLayer(spec.layers[index], state) for index in layer_range})
+        if last:
+            partial = spec.sequence_parallel
+            self.final_norm = Norm(spec.hidden_size, spec.normalization, spec.norm_epsilon, partial=partial, dtype=spec.dtype)
+            if not spec.tied:
+                self.output = VocabularyHead(
+                    spec.padded_vocab_size, spec.hidden_size, state.tp, std=spec.init_std, dtype=spec.dtype
+                )
+
+    def edge(self, ctx: ForwardContext) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of every tensor that travels between stages in this pass."""
+        rows = ctx.view.num_rows
+        local = shares(rows, self.tp.size)[self.tp.rank] if ctx.sequence_parallel else rows
+        return {"hidden": ((local, ctx.view.num_samples, self.spec.hidden_size), self.spec.dtype)}
+
+    def forward(self, tensors: dict[str, Tensor], ctx: ForwardContext) -> StageOutput:
+        """tensors: what the stage before passed on; empty for the first stage."""
+        hidden = self.embedding(ctx) if self.first else tensors["hidden"]
+        reports = []
+        for layer in self.layers.values():
+            hidden, report = layer(hidden, ctx)
+            if report is not None:
+                reports.append(report)
+        if not self.last:
+            return StageOutput({"hidden": hidden}, reports)
+        weight = self.embedding.weight if self.spec.tied else self.output.weight
+        logits = project_to_vocabulary(self.final_norm(hidden), weight, self.tp, ctx)
+        return StageOutput({"logits": logits}, reports)
+
+    def moe_layers(self) -> dict[int, MoELayer]:
+        """The sparse layers of this stage by global index."""
+        return {int(index): layer.mlp for index, layer in self.layers.items() if isinstance(layer.mlp, MoELayer)}

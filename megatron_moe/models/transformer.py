@@ -1,0 +1,108 @@
+"""One Transformer layer, built from its own spec, and a run of them."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from megatron_moe.config.moe import MoEConfig
+from megatron_moe.layers.attention import Attention, AttentionShape, GatheredAttention
+from megatron_moe.layers.context import ForwardContext
+from megatron_moe.layers.mlp import MLP
+from megatron_moe.layers.norm import Norm
+from megatron_moe.moe.capacity import make_limit
+from megatron_moe.moe.experts import Experts
+from megatron_moe.moe.layer import MoELayer, build_dispatcher
+from megatron_moe.moe.plan import RoutingReport
+from megatron_moe.moe.routers.registry import build_router
+from megatron_moe.moe.shared_expert import SharedExpert
+from megatron_moe.parallel.state import ParallelState
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """All that one layer is made from; two layers of a model may differ in any of it."""
+
+    index: int  # in the whole model
+    attention: AttentionShape
+    normalization: str
+    ffn_size: int
+    activation: str
+    moe: MoEConfig | None  # None: a dense feed-forward layer
+    dtype: torch.dtype
+    sequence_parallel: bool
+
+    @property
+    def wide(self) -> torch.dtype:
+        return torch.promote_types(self.dtype, torch.float32)
+
+
+def build_moe(spec: LayerSpec, moe: MoEConfig, state: ParallelState) -> MoELayer:
+    """The sparse feed-forward layer of a spec."""
+    shape = spec.attention
+    router = build_router(moe, shape.hidden_size, state.tp_cp, spec.wide, shape.init_std)
+    experts = Experts(
+        moe.num_experts,
+        shape.hidden_size,
+        moe.expert_ffn_size(spec.ffn_size),
+        spec.activation,
+        state.ep,
+        state.etp,
+        init_std=shape.init_std,
+        output_std=shape.output_std,
+        dtype=spec.dtype,
+    )
+    shared = None
+    if moe.shared_expert_intermediate_size:
+        shared = SharedExpert(
+            shape.hidden_size,
+            moe.shared_expert_intermediate_size,
+            spec.activation,
+            state.tp,
+            gated=moe.shared_expert_gate,
+            partial=spec.sequence_parallel,
+            init_std=shape.init_std,
+            output_std=shape.output_std,
+            dtype=spec.dtype,
+        )
+    dispatcher = build_dispatcher(moe.token_dispatcher_type, moe.num_experts, state.ep, state.etp)
+    limit = make_limit(moe, router.choices(moe), state.tp_cp)
+    return MoELayer(spec.index, router, limit, dispatcher, experts, shared, state.tp, moe.routing_group_samples)
+
+
+class TransformerLayer(nn.Module):
+    """norm, attention, residual, norm, MLP or MoE, residual."""
+
+    def __init__(self, spec: LayerSpec, state: ParallelState) -> None:
+        super().__init__()
+        shape = spec.attention
+        self.attention_norm = self._norm(spec)
+        self.attention = Attention(spec.index, shape, state.tp, GatheredAttention(state.cp), dtype=spec.dtype)
+        self.mlp_norm = self._norm(spec)
+        self.mlp: MLP | MoELayer
+        if spec.moe is not None:
+            self.mlp = build_moe(spec, spec.moe, state)
+        else:
+            self.mlp = MLP(
+                shape.hidden_size,
+                spec.ffn_size,
+                spec.activation,
+                state.tp,
+                init_std=shape.init_std,
+                output_std=shape.output_std,
+                dtype=spec.dtype,
+            )
+
+    @staticmethod
+    def _norm(spec: LayerSpec) -> Norm:
+        shape = spec.attention
+        partial = spec.sequence_parallel
+        return Norm(shape.hidden_size, spec.normalization, shape.norm_epsilon, partial=partial, dtype=spec.dtype)
+
+    def forward(self, hidden: Tensor, ctx: ForwardContext) -> tuple[Tensor, RoutingReport | None]:
+        hidden = hidden + self.attention(self.attention_norm(hidden), ctx)
+        normed = self.mlp_norm(hidden)
+        if isinstance(self.mlp, MoELayer):
+            routed = self.mlp(normed, ctx)
+            return hidden + routed.hidden, routed.report
+        return hidden + self.mlp(normed, ctx), None

@@ -1,0 +1,1 @@
+"""Arithmetic on one rank: every fused operation beside its plain PyTorch twin."""

@@ -1,0 +1,32 @@
+"""What stands between the two products of a feed-forward layer."""
+
+from collections.abc import Callable
+
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def swiglu(inner: Tensor) -> Tensor:
+    """inner (..., 2, F): SiLU(gate) · up.  [arXiv:2002.05202]"""
+    gate, up = inner.unbind(-2)
+    return F.silu(gate) * up
+
+
+def geglu(inner: Tensor) -> Tensor:
+    """inner (..., 2, F): GELU(gate) · up.  [arXiv:2002.05202; ST-MoE, arXiv:2202.08906, section 3.1]"""
+    gate, up = inner.unbind(-2)
+    return F.gelu(gate) * up
+
+
+def gelu(inner: Tensor) -> Tensor:
+    """inner (..., 1, F)."""
+    return F.gelu(inner.squeeze(-2))
+
+
+Activation = Callable[[Tensor], Tensor]
+
+ACTIVATIONS: dict[str, tuple[int, Activation]] = {  # how many inner branches, and what joins them
+    "swiglu": (2, swiglu),
+    "geglu": (2, geglu),
+    "gelu": (1, gelu),
+}

@@ -1,0 +1,157 @@
+"""Collectives with their gradients, and how rows are shared out. The only place that may ask for an axis' size.
+
+A *partial* tensor must still be summed over the axis; a *replicated* one is the same on all its ranks; a *split* one
+is cut along dim 0. Each function below names what it turns into what; its backward is the adjoint.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from megatron_moe.parallel.state import Axis
+
+
+def shares(total: int, size: int) -> list[int]:
+    """Rows of each rank when `total` rows are split as evenly as possible; the first ranks take one more."""
+    quotient, rest = divmod(total, size)
+    return [quotient + (rank < rest) for rank in range(size)]
+
+
+def own_rows(tensor: Tensor, axis: Axis) -> Tensor:
+    """The rows of a replicated tensor that fall to this rank."""
+    rows = shares(tensor.shape[0], axis.size)
+    start = sum(rows[: axis.rank])
+    return tensor[start : start + rows[axis.rank]]
+
+
+def gather_rows(tensor: Tensor, axis: Axis, total: int) -> Tensor:
+    """All ranks' rows, without gradient; `total` rows split as `shares` does."""
+    return axis.comm.all_gather(tensor, shares(total, axis.size))
+
+
+def gather_counts(count: int, axis: Axis, device: torch.device) -> list[int]:
+    """What each rank of the axis passes in; waits for the device."""
+    if axis.size == 1:
+        return [count]
+    mine = torch.tensor([count], dtype=torch.int64, device=device)
+    found: list[int] = axis.comm.all_gather(mine, [1] * axis.size).tolist()
+    return found
+
+
+def sum_over(tensor: Tensor, axis: Axis) -> Tensor:
+    """Sum over the ranks, without gradient; the argument is kept."""
+    return axis.comm.all_reduce_(tensor.clone()) if axis.size > 1 else tensor
+
+
+class _Copy(Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return sum_over(grad, ctx.axis), None
+
+
+class _Reduce(Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, axis: Axis) -> Tensor:
+        return axis.comm.all_reduce_(tensor.clone())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class _Split(Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, axis: Axis) -> Tensor:
+        ctx.axis, ctx.total = axis, tensor.shape[0]
+        return own_rows(tensor, axis).clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return gather_rows(grad, ctx.axis, ctx.total), None
+
+
+class _Gather(Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, axis: Axis, total: int) -> Tensor:
+        ctx.axis = axis
+        return gather_rows(tensor, axis, total)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return own_rows(grad, ctx.axis).clone(), None, None
+
+
+class _GatherPartial(Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, axis: Axis, rows: Sequence[int]) -> Tensor:
+        ctx.axis, ctx.rows = axis, rows
+        return axis.comm.all_gather(tensor, rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.axis.comm.reduce_scatter(grad, ctx.rows), None, None
+
+
+class _ReduceScatter(Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, axis: Axis, rows: Sequence[int]) -> Tensor:
+        ctx.axis, ctx.rows = axis, rows
+        return axis.comm.reduce_scatter(tensor, rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.axis.comm.all_gather(grad, ctx.rows), None, None
+
+
+class _Exchange(Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, axis: Axis, send: Sequence[int], receive: Sequence[int]) -> Tensor:
+        ctx.axis, ctx.send, ctx.receive = axis, send, receive
+        return axis.comm.all_to_all(tensor, send, receive)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.axis.comm.all_to_all(grad, ctx.receive, ctx.send), None, None, None
+
+
+def copy_to(tensor: Tensor, axis: Axis) -> Tensor:
+    """Replicated -> replicated, used by products whose gradients are partial (Megatron's f)."""
+    return _Copy.apply(tensor, axis) if axis.size > 1 else tensor  # type: ignore[no-any-return]
+
+
+def reduce_from(tensor: Tensor, axis: Axis) -> Tensor:
+    """Partial -> replicated (Megatron's g)."""
+    return _Reduce.apply(tensor, axis) if axis.size > 1 else tensor  # type: ignore[no-any-return]
+
+
+def split_to(tensor: Tensor, axis: Axis) -> Tensor:
+    """Replicated -> split."""
+    return _Split.apply(tensor, axis) if axis.size > 1 else tensor  # type: ignore[no-any-return]
+
+
+def gather_from(tensor: Tensor, axis: Axis, total: int) -> Tensor:
+    """Split -> replicated, consumed the same way on every rank."""
+    return _Gather.apply(tensor, axis, total) if axis.size > 1 else tensor  # type: ignore[no-any-return]
+
+
+def gather_for_partial(tensor: Tensor, axis: Axis, rows: Sequence[int]) -> Tensor:
+    """Split -> whole, consumed differently on every rank, so gradients are partial and summed on the way back."""
+    return _GatherPartial.apply(tensor, axis, rows) if axis.size > 1 else tensor  # type: ignore[no-any-return]
+
+
+def reduce_scatter(tensor: Tensor, axis: Axis, rows: Sequence[int]) -> Tensor:
+    """Partial -> split."""
+    return _ReduceScatter.apply(tensor, axis, rows) if axis.size > 1 else tensor  # type: ignore[no-any-return]
+
+
+def exchange(tensor: Tensor, axis: Axis, send: Sequence[int], receive: Sequence[int]) -> Tensor:
+    """send[r] rows to rank r of the axis, receive[r] rows from it."""
+    return _Exchange.apply(tensor, axis, send, receive) if axis.size > 1 else tensor  # type: ignore[no-any-return]

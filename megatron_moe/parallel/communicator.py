@@ -1,0 +1,225 @@
+"""How the ranks of one axis talk: nobody else (Identity), a process group (Torch), or a record only (Recording).
+
+The only file that calls torch.distributed. Rows are dim 0. No method changes its argument unless its name says so.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# torch 2.13 renamed these two; 2.11 has the old names only
+_ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+class Pending(ABC):
+    """A transfer under way."""
+
+    @abstractmethod
+    def wait(self) -> None: ...
+
+
+class Done(Pending):
+    """A transfer that needed no time."""
+
+    def wait(self) -> None:
+        return
+
+
+class Communicator(ABC):
+    """Collectives along one axis; every rank of the axis calls the same ones in the same order."""
+
+    @abstractmethod
+    def all_reduce_(self, tensor: Tensor, op: str = "sum") -> Tensor:
+        """Reduce in place over the ranks; op is "sum", "max" or "min"."""
+
+    @abstractmethod
+    def all_gather(self, tensor: Tensor, rows: Sequence[int]) -> Tensor:
+        """Concatenate the ranks' rows; rows[r] is what rank r brings."""
+
+    @abstractmethod
+    def reduce_scatter(self, tensor: Tensor, rows: Sequence[int]) -> Tensor:
+        """Sum over the ranks and keep the own rows; rows[r] is what rank r keeps."""
+
+    @abstractmethod
+    def all_to_all(self, tensor: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
+        """Send send[r] rows to rank r, in order; returns receive[r] rows from each r, in order."""
+
+    @abstractmethod
+    def broadcast_(self, tensor: Tensor, source: int) -> Tensor:
+        """Fill in place from the rank `source` of this axis."""
+
+    @abstractmethod
+    def send(self, tensor: Tensor, to: int) -> Pending:
+        """Start sending to rank `to` of this axis; keep the tensor until the wait is over."""
+
+    @abstractmethod
+    def receive_(self, tensor: Tensor, source: int) -> Pending:
+        """Start filling `tensor` from rank `source` of this axis."""
+
+    @abstractmethod
+    def barrier(self) -> None: ...
+
+
+class Identity(Communicator):
+    """One rank alone."""
+
+    def all_reduce_(self, tensor: Tensor, op: str = "sum") -> Tensor:
+        return tensor
+
+    def all_gather(self, tensor: Tensor, rows: Sequence[int]) -> Tensor:
+        return tensor
+
+    def reduce_scatter(self, tensor: Tensor, rows: Sequence[int]) -> Tensor:
+        return tensor
+
+    def all_to_all(self, tensor: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
+        return tensor
+
+    def broadcast_(self, tensor: Tensor, source: int) -> Tensor:
+        return tensor
+
+    def send(self, tensor: Tensor, to: int) -> Pending:
+        raise RuntimeError("a rank alone has nobody to send to")
+
+    def receive_(self, tensor: Tensor, source: int) -> Pending:
+        raise RuntimeError("a rank alone has nobody to receive from")
+
+    def barrier(self) -> None:
+        return
+
+
+class _Work(Pending):
+    """A torch.distributed handle, with the tensor it must keep alive."""
+
+    def __init__(self, work: dist.Work, tensor: Tensor) -> None:
+        self._work = work
+        self._tensor = tensor
+
+    def wait(self) -> None:
+        self._work.wait()
+
+
+class Torch(Communicator):
+    """A process group of torch.distributed (gloo or NCCL)."""
+
+    OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
+
+    def __init__(self, group: dist.ProcessGroup, ranks: tuple[int, ...], rank: int) -> None:
+        self._group = group
+        self._ranks = ranks
+        self._rank = rank
+
+    def all_reduce_(self, tensor: Tensor, op: str = "sum") -> Tensor:
+        dist.all_reduce(tensor, self.OPS[op], group=self._group)
+        return tensor
+
+    def all_gather(self, tensor: Tensor, rows: Sequence[int]) -> Tensor:
+        most = max(rows)
+        if min(rows) == most:
+            out = tensor.new_empty((most * len(rows), *tensor.shape[1:]))
+            _ALL_GATHER(out, tensor.contiguous(), group=self._group)
+            return out
+        # neither gloo nor NCCL gathers uneven shares: pad to the largest, then cut
+        mine = tensor.new_zeros((most, *tensor.shape[1:]))
+        mine[: tensor.shape[0]] = tensor
+        out = tensor.new_empty((most * len(rows), *tensor.shape[1:]))
+        _ALL_GATHER(out, mine, group=self._group)
+        return torch.cat([out[r * most : r * most + n] for r, n in enumerate(rows)])
+
+    def reduce_scatter(self, tensor: Tensor, rows: Sequence[int]) -> Tensor:
+        mine = tensor.new_empty((rows[self._rank], *tensor.shape[1:]))
+        if min(rows) == max(rows):
+            _REDUCE_SCATTER(mine, tensor.contiguous(), group=self._group)
+        else:
+            whole = tensor.clone(memory_format=torch.contiguous_format)
+            dist.all_reduce(whole, group=self._group)
+            start = sum(rows[: self._rank])
+            mine.copy_(whole[start : start + rows[self._rank]])
+        return mine
+
+    def all_to_all(self, tensor: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
+        out = tensor.new_empty((sum(receive), *tensor.shape[1:]))
+        dist.all_to_all_single(out, tensor.contiguous(), list(receive), list(send), group=self._group)
+        return out
+
+    def broadcast_(self, tensor: Tensor, source: int) -> Tensor:
+        dist.broadcast(tensor, self._ranks[source], group=self._group)
+        return tensor
+
+    def send(self, tensor: Tensor, to: int) -> Pending:
+        tensor = tensor.contiguous()
+        work = dist.isend(tensor, self._ranks[to], group=self._group)
+        return _Work(work, tensor) if work is not None else Done()
+
+    def receive_(self, tensor: Tensor, source: int) -> Pending:
+        work = dist.irecv(tensor, self._ranks[source], group=self._group)
+        return _Work(work, tensor) if work is not None else Done()
+
+    def barrier(self) -> None:
+        dist.barrier(group=self._group)
+
+
+@dataclass
+class Tally:
+    """What was sent along one axis: calls and bytes that leave this rank, by kind of collective."""
+
+    calls: dict[str, int] = field(default_factory=dict)
+    sent_bytes: dict[str, int] = field(default_factory=dict)
+
+    def add(self, kind: str, sent: int) -> None:
+        self.calls[kind] = self.calls.get(kind, 0) + 1
+        self.sent_bytes[kind] = self.sent_bytes.get(kind, 0) + sent
+
+
+def _bytes(tensor: Tensor, rows: int | None = None) -> int:
+    whole = tensor.numel() * tensor.element_size()
+    return whole if rows is None else whole * rows // max(1, tensor.shape[0])
+
+
+class Recording(Communicator):
+    """No ranks at all: answers with empty tensors of the right shape and counts what would be sent.
+
+    Bytes are those that a bandwidth-optimal (ring) algorithm sends from one rank: (n-1)/n of a tensor for a gather, a
+    scatter or an exchange, twice that for an all-reduce.
+    """
+
+    def __init__(self, size: int, rank: int, tally: Tally) -> None:
+        self._size = size
+        self._rank = rank
+        self.tally = tally
+
+    def all_reduce_(self, tensor: Tensor, op: str = "sum") -> Tensor:
+        self.tally.add("all_reduce", 2 * _bytes(tensor) * (self._size - 1) // self._size)
+        return tensor
+
+    def all_gather(self, tensor: Tensor, rows: Sequence[int]) -> Tensor:
+        self.tally.add("all_gather", _bytes(tensor) * (self._size - 1))
+        return tensor.new_empty((sum(rows), *tensor.shape[1:]))
+
+    def reduce_scatter(self, tensor: Tensor, rows: Sequence[int]) -> Tensor:
+        self.tally.add("reduce_scatter", _bytes(tensor, sum(rows) - rows[self._rank]))
+        return tensor.new_empty((rows[self._rank], *tensor.shape[1:]))
+
+    def all_to_all(self, tensor: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
+        self.tally.add("all_to_all", _bytes(tensor, sum(send) - send[self._rank]))
+        return tensor.new_empty((sum(receive), *tensor.shape[1:]))
+
+    def broadcast_(self, tensor: Tensor, source: int) -> Tensor:
+        self.tally.add("broadcast", _bytes(tensor) if source == self._rank else 0)
+        return tensor
+
+    def send(self, tensor: Tensor, to: int) -> Pending:
+        self.tally.add("send", _bytes(tensor))
+        return Done()
+
+    def receive_(self, tensor: Tensor, source: int) -> Pending:
+        self.tally.add("receive", 0)
+        return Done()
+
+    def barrier(self) -> None:
+        self.tally.add("barrier", 0)

@@ -1,0 +1,100 @@
+"""Who am I among the ranks: a value, passed to whoever needs it; never a global."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import torch.distributed as dist
+
+from megatron_moe.parallel.communicator import Communicator, Identity, Recording, Tally, Torch
+from megatron_moe.parallel.grid import Grid
+
+
+@dataclass(frozen=True)
+class Axis:
+    """The ranks that I talk to along one direction."""
+
+    name: str
+    size: int
+    rank: int  # my place among them
+    ranks: tuple[int, ...]  # their numbers in the world
+    comm: Communicator
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.rank == self.size - 1
+
+
+MakeCommunicator = Callable[[str, tuple[int, ...], int], Communicator]
+
+
+@dataclass(frozen=True)
+class ParallelState:
+    """Two views of the same ranks, cut from one grid (see grid.py), and the axes made of them."""
+
+    tp: Axis
+    cp: Axis
+    dp: Axis
+    pp: Axis
+    pp_back: Axis  # as pp, but its own channel: gradients must not queue behind activations
+    ep: Axis
+    etp: Axis
+    edp: Axis
+    dp_cp: Axis
+    tp_cp: Axis
+    stage: Axis  # dp · cp · tp: all ranks of my pipeline stage
+    embedding: Axis  # first and last stage, which share tied embeddings
+    world: Axis
+
+    @property
+    def rank(self) -> int:
+        return self.world.rank
+
+    def axis(self, name: str) -> Axis:
+        found: Axis = getattr(self, name)
+        return found
+
+    @classmethod
+    def build(cls, grid: Grid, rank: int, make: MakeCommunicator) -> "ParallelState":
+        """Cut the axes of `rank` out of the grid; `make(name, ranks, my place)` supplies each communicator."""
+        axes = {}
+        for field in fields(cls):
+            ranks = grid.axis_ranks(field.name.removesuffix("_back"), rank)
+            place = ranks.index(rank)
+            comm = make(field.name, ranks, place) if len(ranks) > 1 else Identity()
+            axes[field.name] = Axis(field.name, len(ranks), place, ranks, comm)
+        return cls(**axes)
+
+    @classmethod
+    def alone(cls) -> "ParallelState":
+        """A world of one rank: needs no process group."""
+        return cls.build(Grid(1), 0, lambda name, ranks, place: Identity())
+
+    @classmethod
+    def recorded(cls, grid: Grid, rank: int) -> tuple["ParallelState", dict[str, Tally]]:
+        """Any rank of any world in this process, for meta tensors; also returns what each axis would send."""
+        tallies = {field.name: Tally() for field in fields(cls)}
+        state = cls.build(grid, rank, lambda name, ranks, place: Recording(len(ranks), place, tallies[name]))
+        return state, tallies
+
+    @classmethod
+    def distributed(cls, grid: Grid) -> "ParallelState":
+        """This rank's state in the world that torch.distributed has joined. Collective over the world."""
+        rank = dist.get_rank()
+        groups: dict[tuple[str, tuple[int, ...]], dist.ProcessGroup] = {}
+        for field in fields(cls):
+            # every rank makes every group, in the same order, as torch.distributed demands
+            for member in range(grid.world_size):
+                ranks = grid.axis_ranks(field.name.removesuffix("_back"), member)
+                key = _channel(field.name, ranks)
+                if len(ranks) > 1 and key not in groups:
+                    groups[key] = dist.new_group(list(ranks))
+        return cls.build(grid, rank, lambda name, ranks, place: Torch(groups[_channel(name, ranks)], ranks, place))
+
+
+def _channel(name: str, ranks: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
+    """Axes over the same ranks share one process group, except the way back of the pipeline."""
+    return ("back" if name.endswith("_back") else "", ranks)
