@@ -1,0 +1,42 @@
+"""Where checkpoints go and come from."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from megatron_moe.config.errors import ConfigError
+from megatron_moe.config.options import check_values, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """Where checkpoints go and come from."""
+
+    flag_prefix: ClassVar[str] = ""
+
+    save: str | None = option(None, "directory to write checkpoints to; none = none is written")
+    load: str | None = option(
+        None, "directory to read the newest valid checkpoint from; latest = the directory of --save"
+    )
+    save_interval: int | None = option(
+        None, "steps between checkpoints; none = only at the end and when the run is stopped", at_least=1
+    )
+    keep: int | None = option(None, "number of newest checkpoints that are kept; none = all", at_least=1)
+    async_save: bool = option(True, "write in the background while training goes on")
+    ckpt_step: int | None = option(None, "read the checkpoint of this step, not the newest", at_least=0)
+    finetune: bool = option(False, "read the weights only, and start at step 0 with a fresh optimizer")
+    no_load_optim: bool = option(False, "read no optimizer state; the step and the data position are kept")
+    exit_on_missing_checkpoint: bool = option(
+        False, "end with exit code 64 when there is no valid checkpoint, instead of starting afresh"
+    )
+
+    def __post_init__(self) -> None:
+        check_values(self)
+        if self.save_interval is not None and self.save is None:
+            raise ConfigError(f"--save-interval {self.save_interval} needs a directory to save to; give --save.")
+        if self.load == "latest" and self.save is None:
+            raise ConfigError("--load latest means the directory of --save; give --save, or a directory to --load.")
+
+    @property
+    def load_directory(self) -> str | None:
+        """The directory to read from, with `latest` resolved; None = start afresh."""
+        return self.save if self.load == "latest" else self.load

@@ -1,0 +1,63 @@
+"""Every error that a person is meant to read, each with the exit code that SLURM and scripts decide by.
+
+MegatronMoEError
+├── ConfigError         2    the command line, the recipe or a relation between options is wrong
+├── DataError           65   a corpus, tokenizer or index file is broken
+├── CheckpointError     65   a checkpoint is broken and no fall-back is allowed
+├── NoCheckpointError   64   a checkpoint was required and there is no valid one
+├── StorageError        74   the disk is full or failing; the last good checkpoint is kept
+├── PeerError           86   another rank died or a collective failed
+└── NonFiniteError      16   a loss or gradient is NaN or infinite
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class MegatronMoEError(Exception):
+    """One paragraph for a person: what was given, what is needed, what to change. Main programs exit with its code."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class ConfigError(MegatronMoEError):
+    """A flag, a recipe or a relation between options is wrong; nothing has been written."""
+
+    exit_code: ClassVar[int] = 2
+
+
+class NonFiniteError(MegatronMoEError):
+    """A loss or gradient is NaN or infinite: a suspected fault, worth a run on other machines."""
+
+    exit_code: ClassVar[int] = 16
+
+
+class NoCheckpointError(MegatronMoEError):
+    """A checkpoint was required and no valid one was found."""
+
+    exit_code: ClassVar[int] = 64
+
+
+class DataError(MegatronMoEError):
+    """A corpus, an index or a tokenizer file is broken."""
+
+    exit_code: ClassVar[int] = 65
+
+
+class CheckpointError(MegatronMoEError):
+    """A checkpoint is broken, or belongs to another model, and falling back is not allowed."""
+
+    exit_code: ClassVar[int] = 65
+
+
+class StorageError(MegatronMoEError):
+    """Storage is full or failing; the last good checkpoint is kept."""
+
+    exit_code: ClassVar[int] = 74
+
+
+class PeerError(MegatronMoEError):
+    """Another rank died, or a collective failed."""
+
+    exit_code: ClassVar[int] = 86

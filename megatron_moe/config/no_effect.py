@@ -1,0 +1,132 @@
+"""Options that somebody set and that would change nothing in the run they chose: refused, not ignored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_moe.config.errors import ConfigError
+from megatron_moe.config.sections import Sections, all_settings
+from megatron_moe.config.values import written
+
+# Only these were set by a person who can take them back; a saved configuration holds values of every kind of run.
+SET_BY_SOMEBODY = ("recipe", "flag")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """The options `keys` change nothing when `idle` holds."""
+
+    keys: tuple[str, ...]
+    idle: Callable[[Sections], bool]
+    because: str
+
+
+CAPACITY = tuple(
+    f"moe.{name}"
+    for name in (
+        "eval_capacity_factor",
+        "token_drop_policy",
+        "capacity_includes_k",
+        "capacity_rounding",
+        "min_capacity",
+        "slot_priority",
+    )
+)
+WSD = ("optimizer.lr_wsd_decay_iters", "optimizer.lr_wsd_decay_style")
+DECAY = ("optimizer.min_lr", "optimizer.lr_decay_iters")
+ROTARY = ("model.rotary_base", "model.rotary_percent")
+LOADING = ("ckpt_step", "finetune", "no_load_optim", "exit_on_missing_checkpoint")
+
+RULES = (
+    Rule(
+        tuple(key for key in all_settings() if key.startswith("moe.") and key != "moe.num_experts"),
+        lambda run: run.moe.num_experts == 0,
+        "with --num-experts 0 (a dense model); leave it out, or give --num-experts",
+    ),
+    Rule(
+        CAPACITY,
+        lambda run: run.moe.expert_capacity_factor is None,
+        "without a capacity, for no token is ever dropped; leave it out, or give --moe-expert-capacity-factor",
+    ),
+    Rule(
+        ("moe.shared_expert_gate",),
+        lambda run: run.moe.shared_expert_intermediate_size is None,
+        "without a shared expert; leave it out, or give --moe-shared-expert-intermediate-size",
+    ),
+    Rule(
+        ROTARY,
+        lambda run: run.model.position_embedding_type != "rope",
+        "without rotary embedding; leave it out, or use --position-embedding-type rope",
+    ),
+    Rule(
+        WSD,
+        lambda run: run.optimizer.lr_decay_style != "WSD",
+        "without the WSD schedule; leave it out, or use --lr-decay-style WSD",
+    ),
+    Rule(
+        DECAY,
+        lambda run: run.optimizer.lr_decay_style == "constant",
+        "with --lr-decay-style constant; leave it out, or use another style",
+    ),
+    Rule(
+        ("training.eval_iters",),
+        lambda run: run.training.eval_interval is None,
+        "without evaluation; leave it out, or give --eval-interval",
+    ),
+    Rule(
+        ("training.eval_interval",),
+        lambda run: run.data.split_fractions[1] == 0,
+        "when --split has no share for validation; leave it out, or use a split such as 969,30,1",
+    ),
+    Rule(
+        ("checkpoint.keep", "checkpoint.async_save"),
+        lambda run: run.checkpoint.save is None,
+        "without a directory to save to; leave it out, or give --save",
+    ),
+    Rule(
+        tuple(f"checkpoint.{name}" for name in LOADING),
+        lambda run: run.checkpoint.load is None,
+        "without a directory to load from; leave it out, or give --load",
+    ),
+    Rule(
+        ("checkpoint.no_load_optim",),
+        lambda run: run.checkpoint.finetune,
+        "with --finetune, which reads the weights only; leave it out",
+    ),
+)
+
+
+def refuse_no_effect(run: Sections, origins: Mapping[str, str]) -> None:
+    """Raise ConfigError for the first option that a recipe or a flag set without any effect.
+
+    A switch set to its default, and an option set to none, ask for nothing and stay allowed.
+    """
+    for rule in RULES:
+        if not rule.idle(run):
+            continue
+        for key in rule.keys:
+            if origins.get(key) in SET_BY_SOMEBODY and _demands(run, key):
+                raise ConfigError(f"{_as_flag(run, key)} (from the {origins[key]}) has no effect {rule.because}.")
+
+
+def _demands(run: Sections, key: str) -> bool:
+    """Whether the value asks for something: a switch at its default and an option unset do not."""
+    setting, value = all_settings()[key], _value(run, key)
+    if value is None or value == {}:
+        return False
+    return setting.kind is not bool or value != setting.default
+
+
+def _as_flag(run: Sections, key: str) -> str:
+    """The option as it would stand on the command line."""
+    setting, value = all_settings()[key], _value(run, key)
+    if isinstance(value, bool):
+        return setting.flag if value else setting.negative_flag
+    return f"{setting.flag} {value if isinstance(value, str) else written(value)}"
+
+
+def _value(run: Sections, key: str) -> Any:
+    section, _, name = key.partition(".")
+    return getattr(getattr(run, section), name)

@@ -1,0 +1,66 @@
+"""How the ranks share the work: world = pp x dp x cp x tp, and over the same ranks pp x edp x ep x etp."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from megatron_moe.config.options import check_values, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How the ranks share the work; none of it changes what is computed."""
+
+    flag_prefix: ClassVar[str] = ""
+
+    tensor_model_parallel_size: int = option(1, "ranks that split each weight matrix (tp)", at_least=1)
+    pipeline_model_parallel_size: int = option(1, "ranks that split the layers (pp)", at_least=1)
+    context_parallel_size: int = option(1, "ranks that split each sequence (cp)", at_least=1)
+    expert_model_parallel_size: int = option(
+        1, "ranks that share the experts of a layer (ep); folded over tp, cp and dp", at_least=1
+    )
+    expert_tensor_parallel_size: int | None = option(
+        None, "ranks that split each expert's matrices (etp); none = as tp", at_least=1
+    )
+    sequence_parallel: bool | None = option(
+        None, "keep the hidden state split over tp along the sequence; none = whenever tp > 1"
+    )
+    pipeline_schedule: str = option(
+        "1f1b",
+        "order of the micro-batches: 1F1B, or one micro-batch at a time (least memory, stages mostly idle)",
+        choices=("1f1b", "1f1b_split", "sequential"),
+    )
+    use_distributed_optimizer: bool = option(True, "split the optimizer state over the data-parallel ranks (ZeRO-1)")
+    ddp_bucket_size: int = option(40_000_000, "gradients are reduced in buckets of about so many elements", at_least=1)
+    distributed_backend: str = option("auto", "auto = nccl on GPUs, gloo on CPUs", choices=("auto", "nccl", "gloo"))
+    distributed_timeout_minutes: float = option(
+        10.0, "a collective that takes longer ends the run, in minutes", above=0
+    )
+
+    def __post_init__(self) -> None:
+        check_values(self)
+
+    @property
+    def expert_tensor(self) -> int:
+        """Ranks that split each expert's matrices (etp)."""
+        return self.expert_tensor_parallel_size or self.tensor_model_parallel_size
+
+    @property
+    def uses_sequence_parallel(self) -> bool:
+        """Whether the hidden state is split over tp along the sequence."""
+        if self.sequence_parallel is None:
+            return self.tensor_model_parallel_size > 1
+        return self.sequence_parallel
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Ranks that hold one copy of the dense model and one sequence: tp x cp x pp."""
+        return self.tensor_model_parallel_size * self.context_parallel_size * self.pipeline_model_parallel_size
+
+    def data_parallel_size(self, world_size: int) -> int:
+        """Copies of the dense model in a world of so many ranks (dp)."""
+        return world_size // self.model_parallel_size
+
+    def expert_data_parallel_size(self, world_size: int) -> int:
+        """Copies of each expert in a world of so many ranks (edp)."""
+        stage = world_size // self.pipeline_model_parallel_size
+        return stage // (self.expert_model_parallel_size * self.expert_tensor)

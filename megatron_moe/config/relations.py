@@ -1,0 +1,153 @@
+"""What sections demand of each other, checked once, before any rank starts. Each error says the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from megatron_moe.config.errors import ConfigError
+from megatron_moe.config.sections import Sections
+
+
+def check_relations(run: Sections) -> None:
+    """Raise ConfigError for the first relation between sections that does not hold."""
+    for check in (_vocabulary, _tensor, _pipeline, _sequence, _experts, _dispatch, _routing_groups, _learning_rate):
+        check(run)
+
+
+def divisors(number: int) -> list[int]:
+    """All divisors, ascending."""
+    small = [candidate for candidate in range(1, int(number**0.5) + 1) if number % candidate == 0]
+    return sorted({*small, *(number // candidate for candidate in small)})
+
+
+def words(values: Iterable[int], last: str = "or") -> str:
+    """ "1, 2 or 4"; of many, the first few and the last."""
+    listed = [str(value) for value in values]
+    if len(listed) > 12:
+        listed = [*listed[:10], "...", listed[-1]]
+    return listed[0] if len(listed) == 1 else f"{', '.join(listed[:-1])} {last} {listed[-1]}"
+
+
+def _must_divide(flag: str, number: int, by_flag: str, size: int, name: str) -> None:
+    """`number` must be a multiple of `size`."""
+    if number % size:
+        raise ConfigError(
+            f"{flag} {number} cannot be split over {by_flag} {size}; "
+            f"use a multiple of {size}, or {name} size of {words(divisors(number))}."
+        )
+
+
+def _vocabulary(run: Sections) -> None:
+    if run.data.tokenizer_type == "NullTokenizer" and run.model.vocab_size is None:
+        raise ConfigError(
+            "--tokenizer-type NullTokenizer knows no vocabulary; give --vocab-size, or the tokenizer of the corpus "
+            "with --tokenizer-type and --tokenizer-model."
+        )
+
+
+def _tensor(run: Sections) -> None:
+    model, moe, flag = run.model, run.moe, "--tensor-model-parallel-size"
+    size = run.parallel.tensor_model_parallel_size
+    if model.num_query_groups is None:
+        _must_divide("--num-attention-heads", model.num_attention_heads, flag, size, "a tensor")
+    else:
+        _must_divide("--num-query-groups", model.groups, flag, size, "a tensor")
+    if not all(moe.moe_layers(model.num_layers)):
+        name = "--ffn-hidden-size" if model.ffn_hidden_size else "--ffn-hidden-size (4 x hidden size)"
+        _must_divide(name, model.ffn_size, flag, size, "a tensor")
+    if moe.shared_expert_intermediate_size is not None:
+        width = moe.shared_expert_intermediate_size
+        _must_divide("--moe-shared-expert-intermediate-size", width, flag, size, "a tensor")
+    _must_divide("--make-vocab-size-divisible-by", model.make_vocab_size_divisible_by, flag, size, "a tensor")
+    if run.parallel.sequence_parallel and size == 1:
+        raise ConfigError(
+            "--sequence-parallel has no effect with --tensor-model-parallel-size 1; leave it out (it is on by itself "
+            "whenever the tensor size is above 1)."
+        )
+
+
+def _pipeline(run: Sections) -> None:
+    size = run.parallel.pipeline_model_parallel_size
+    if run.model.num_layers < size:
+        raise ConfigError(
+            f"--num-layers {run.model.num_layers} cannot fill --pipeline-model-parallel-size {size}: each stage "
+            f"needs a layer; use {run.model.num_layers} stages or fewer."
+        )
+
+
+def _sequence(run: Sections) -> None:
+    length, parallel = run.data.seq_length, run.parallel
+    cp, tp = parallel.context_parallel_size, parallel.tensor_model_parallel_size
+    longest = run.model.max_position_embeddings
+    if longest is not None and length > longest:
+        raise ConfigError(
+            f"--seq-length {length} is longer than --max-position-embeddings {longest}; "
+            f"shorten the one or raise the other."
+        )
+    if cp > 1 and length % (2 * cp):
+        raise ConfigError(
+            f"--seq-length {length} cannot be cut into 2 x --context-parallel-size {cp} equal pieces; "
+            f"use a multiple of {2 * cp}, such as {-(-length // (2 * cp)) * 2 * cp}."
+        )
+    if length // cp < tp:
+        raise ConfigError(
+            f"--seq-length {length} leaves {length // cp} tokens to each of --context-parallel-size {cp}, too few for "
+            f"--tensor-model-parallel-size {tp}; use {tp * cp} tokens or more."
+        )
+
+
+def _experts(run: Sections) -> None:
+    moe, parallel = run.moe, run.parallel
+    ep, etp = parallel.expert_model_parallel_size, parallel.expert_tensor
+    if not moe.num_experts:
+        if ep > 1 or parallel.expert_tensor_parallel_size is not None:
+            flag = "--expert-model-parallel-size" if ep > 1 else "--expert-tensor-parallel-size"
+            raise ConfigError(
+                f"{flag} {ep if ep > 1 else etp} has no effect with --num-experts 0 (a dense model); "
+                f"leave it out, or give --num-experts."
+            )
+        return
+    if not any(moe.moe_layers(run.model.num_layers)):
+        raise ConfigError(
+            f"--moe-layer-freq {moe.layer_freq} makes none of --num-layers {run.model.num_layers} sparse, so that "
+            f"--num-experts {moe.num_experts} has no effect; use a number up to {run.model.num_layers}, or leave out "
+            f"the experts."
+        )
+    _must_divide("--num-experts", moe.num_experts, "--expert-model-parallel-size", ep, "an expert")
+    explicit = parallel.expert_tensor_parallel_size is not None
+    flag = "--expert-tensor-parallel-size" if explicit else "--tensor-model-parallel-size"
+    width = moe.expert_ffn_size(run.model.ffn_size)
+    name = "--moe-ffn-hidden-size" if moe.ffn_hidden_size else "--moe-ffn-hidden-size (as --ffn-hidden-size)"
+    _must_divide(name, width, flag, etp, "an expert tensor" if explicit else "a tensor")
+
+
+def _dispatch(run: Sections) -> None:
+    ep, etp = run.parallel.expert_model_parallel_size, run.parallel.expert_tensor
+    if run.moe.num_experts and run.moe.token_dispatcher_type == "local" and ep * etp > 1:
+        raise ConfigError(
+            f"--moe-token-dispatcher-type local moves nothing between ranks, but the experts are split over {ep * etp} "
+            f"(expert size {ep} x expert tensor size {etp}); use auto, or set both sizes to 1."
+        )
+
+
+def _routing_groups(run: Sections) -> None:
+    samples, micro = run.moe.routing_group_samples, run.training.micro_batch_size
+    if run.moe.num_experts and micro % samples:
+        raise ConfigError(
+            f"--micro-batch-size {micro} does not hold whole routing groups of --moe-routing-group-samples {samples}; "
+            f"use a multiple of {samples}, or groups of {words(divisors(micro))}."
+        )
+
+
+def _learning_rate(run: Sections) -> None:
+    optimizer = run.optimizer
+    end, warmup = optimizer.decay_steps(run.training.num_steps), optimizer.lr_warmup_iters
+    flag = "--lr-decay-iters" if optimizer.lr_decay_iters else "the run's steps,"
+    if warmup > end:
+        raise ConfigError(f"--lr-warmup-iters {warmup} is more than {flag} {end}; warm up for {end} steps or fewer.")
+    last = optimizer.lr_wsd_decay_iters or 0
+    if optimizer.lr_decay_style == "WSD" and warmup + last > end:
+        raise ConfigError(
+            f"--lr-wsd-decay-iters {last} after --lr-warmup-iters {warmup} is more than {flag} {end}; "
+            f"shorten them to {end} steps together."
+        )

@@ -1,0 +1,54 @@
+"""How long to train, in which portions, and when to stop."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from megatron_moe.config.errors import ConfigError
+from megatron_moe.config.options import REQUIRED, check_values, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How long to train, in which portions, and when to stop."""
+
+    flag_prefix: ClassVar[str] = ""
+
+    micro_batch_size: int = option(1, "samples in one forward pass of a data-parallel rank", at_least=1)
+    global_batch_size: int = option(REQUIRED, "samples in one step, over all ranks", at_least=1)
+    train_iters: int | None = option(None, "optimizer steps of the whole run", at_least=1)
+    train_samples: int | None = option(
+        None, "the same in samples, instead; a last incomplete global batch is left out", at_least=1
+    )
+    eval_interval: int | None = option(None, "evaluate every so many steps; none = never", at_least=1)
+    eval_iters: int = option(10, "global batches in one evaluation", at_least=1)
+    seed: int = option(1234, "seed of initial weights, data order and routing noise", at_least=0)
+    exit_interval: int | None = option(
+        None, "end the run, with a checkpoint and exit code 0, at a step divisible by this", at_least=1
+    )
+    exit_duration_in_mins: float | None = option(
+        None, "end the run, with a checkpoint and exit code 0, after so many minutes", above=0
+    )
+    check_for_nan_in_loss_and_grad: bool = option(True, "stop when a loss or gradient is NaN or infinite")
+
+    def __post_init__(self) -> None:
+        check_values(self)
+        if (self.train_iters is None) == (self.train_samples is None):
+            problem = "says how long to train" if self.train_iters is None else "may say how long to train, not both"
+            raise ConfigError(f"one of --train-iters and --train-samples {problem}; give exactly one of them.")
+        if self.global_batch_size % self.micro_batch_size:
+            raise ConfigError(
+                f"--global-batch-size {self.global_batch_size} is no multiple of "
+                f"--micro-batch-size {self.micro_batch_size}; change one of them."
+            )
+        if self.num_steps < 1:
+            raise ConfigError(
+                f"--train-samples {self.train_samples} is less than one --global-batch-size "
+                f"{self.global_batch_size}; train on at least one global batch."
+            )
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the whole run, whichever way it was given."""
+        if self.train_iters is not None:
+            return self.train_iters
+        return (self.train_samples or 0) // self.global_batch_size

@@ -1,0 +1,1 @@
+"""Route, limit, dispatch, compute, combine."""

@@ -1,0 +1,118 @@
+"""Places at the experts: who is over his routing group's capacity goes to nobody, before anything moves.
+
+A limit is a pure function of the plan, and the same decision on every layout: where sequence or context parallelism
+cuts a group, its assignments are compared with those of the other ranks.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from megatron_moe.config.moe import MoEConfig
+from megatron_moe.moe.plan import RoutingPlan, TokenInfo
+from megatron_moe.parallel.collectives import gather_counts
+from megatron_moe.parallel.state import Axis
+
+Limit = Callable[[RoutingPlan, TokenInfo], RoutingPlan]
+
+
+def make_limit(config: MoEConfig, num_choices: int, group_axis: Axis) -> Limit:
+    """The limit of one layer, from the config's capacity factors; without one it returns the plan as it is.
+
+    num_choices: the router's choices per token, which count when config.capacity_includes_k.   group_axis: the ranks
+    that share routing groups (tp_cp).
+    """
+    train_factor, eval_factor = _factors(config)
+    choices = num_choices if config.capacity_includes_k else 1
+
+    def limit(plan: RoutingPlan, info: TokenInfo) -> RoutingPlan:
+        factor = train_factor if info.train else eval_factor
+        if factor is None:
+            return plan
+        places = expert_places(
+            info.group_tokens,
+            share=exact(factor) * choices / config.num_experts,
+            rounding=config.capacity_rounding,
+            at_least=config.min_capacity,
+        )
+        urgency = -plan.combine_weights.detach() if config.token_drop_policy == "probs" else plan.priority
+        served = _served(plan, info, urgency, places, group_axis)
+        return replace(plan, expert_ids=plan.expert_ids.masked_fill(~served, plan.num_experts))
+
+    return limit
+
+
+def limit_is_causal(config: MoEConfig, num_choices: int) -> bool:
+    """Whether what happens to a token is independent of later positions of its sequence.
+
+    First choices that are served before every second one, or heavy before light, push earlier tokens out.
+    """
+    if _factors(config) == (None, None):
+        return True
+    return config.token_drop_policy == "position" and (config.slot_priority == "token_major" or num_choices == 1)
+
+
+def _factors(config: MoEConfig) -> tuple[float | None, float | None]:
+    """(training, evaluation): places per expert in shares of an even split; None = dropless."""
+    train = config.expert_capacity_factor
+    return train, config.eval_capacity_factor if config.eval_capacity_factor is not None else train
+
+
+def exact(factor: float) -> Fraction:
+    """The decimal that a person wrote (1.1, not 1.100000000000000088), to six places."""
+    return Fraction(str(factor)).limit_denominator(10**6)
+
+
+def expert_places(tokens: Tensor, *, share: Fraction, rounding: str, at_least: int) -> Tensor:
+    """Places of each expert in groups of that many tokens: share · tokens made whole, at least and at most so many.
+
+    tokens: int64, any shape.   rounding: "ceil" (Megatron), "floor" (Mesh-TensorFlow), "round" (flaxformer: to the
+    nearest, halves to the even).  Integers throughout: no rounding error decides over a place, and no device waits.
+    """
+    shares, divisor = tokens * share.numerator, share.denominator
+    whole = shares // divisor
+    twice_rest = 2 * (shares - whole * divisor)
+    if rounding == "ceil":
+        whole = whole + (twice_rest > 0)
+    elif rounding == "round":
+        whole = whole + ((twice_rest > divisor) | ((twice_rest == divisor) & (whole % 2 == 1)))
+    return torch.minimum(whole.clamp(min=at_least), tokens)
+
+
+def sorted_order(*columns: Tensor) -> Tensor:
+    """(N,) int64: the rows sorted by the first column, equal ones by the second, and so on."""
+    order = columns[-1].argsort(stable=True)
+    for column in reversed(columns[:-1]):
+        order = order[column[order].argsort(stable=True)]
+    return order
+
+
+def _served(plan: RoutingPlan, info: TokenInfo, urgency: Tensor | None, places: Tensor, group_axis: Axis) -> Tensor:
+    """(N,) bool: whether each assignment is among the first of its group's expert; true or false for nobody's."""
+    buckets = info.groups[plan.token_ids] * (plan.num_experts + 1) + plan.expert_ids
+    columns = [buckets] if urgency is None else [buckets, _sortable(urgency)]
+    rows = torch.stack([*columns, info.keys[plan.token_ids]], dim=1)
+    counts = gather_counts(rows.shape[0], group_axis, rows.device)
+    if sum(counts) > 0:
+        rows = group_axis.comm.all_gather(rows, counts)
+    order = sorted_order(*rows.unbind(dim=1))
+    sorted_buckets = rows[order, 0]
+    # the queue of an expert begins where its bucket begins
+    first = torch.searchsorted(sorted_buckets, sorted_buckets)
+    queued_before = torch.arange(order.numel(), device=order.device) - first
+    served = torch.empty_like(order, dtype=torch.bool)
+    served[order] = queued_before < places[sorted_buckets // (plan.num_experts + 1)]
+    start = sum(counts[: group_axis.rank])
+    return served[start : start + plan.expert_ids.numel()]
+
+
+def _sortable(values: Tensor) -> Tensor:
+    """int64 in the same order, so that floats and integers travel and sort alike."""
+    if not values.is_floating_point():
+        return values.to(torch.int64)
+    # + 0.0 makes -0.0 equal to 0.0; the bits of negative numbers run backwards
+    bits = (values.to(torch.float64) + 0.0).view(torch.int64)
+    return bits ^ ((bits >> 63) & torch.iinfo(torch.int64).max)

@@ -1,0 +1,37 @@
+"""The interface of a dispatcher: it knows ranks and no scores, and has no weights."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from megatron_moe.moe.plan import RoutingPlan
+from megatron_moe.parallel.state import Axis
+
+
+@dataclass(frozen=True)
+class ExpertBatch:
+    """The rows that this rank's experts receive."""
+
+    rows: Tensor  # (R, H) sorted by expert
+    tokens_per_expert: list[int]  # of the local experts, sums to R
+    way_home: Any  # private to the dispatcher that made it
+
+
+class Dispatcher(ABC):
+    """Moves tokens to the ranks of `ep` (and the parts of `etp`) that hold their experts, and answers back."""
+
+    def __init__(self, num_experts: int, ep: Axis, etp: Axis) -> None:
+        self.num_experts = num_experts
+        self.local_experts = num_experts // ep.size
+        self.ep = ep
+        self.etp = etp
+
+    @abstractmethod
+    def dispatch(self, tokens: Tensor, plan: RoutingPlan) -> ExpertBatch:
+        """tokens: (T, H), this rank's."""
+
+    @abstractmethod
+    def combine(self, answers: Tensor, batch: ExpertBatch) -> Tensor:
+        """answers (R, H), partial over etp -> (T, H), weighted and summed over each token's experts."""

@@ -1,0 +1,47 @@
+"""The experts of this rank: stacked weights, one grouped product for each matrix."""
+
+import torch
+from torch import Tensor, nn
+
+from megatron_moe.layers.weight_gradients import WeightGradients
+from megatron_moe.ops.activation import ACTIVATIONS
+from megatron_moe.ops.grouped_gemm import grouped_linear
+from megatron_moe.parallel.layout import Init, ParamLayout, new_parameter
+from megatron_moe.parallel.state import Axis
+
+
+class Experts(nn.Module):
+    """w1 (E, 2, F, H), gate and up; w2 (E, H, F): experts split over ep, inner width over etp."""
+
+    def __init__(
+        self,
+        num_experts: int,
+        hidden_size: int,
+        ffn_size: int,
+        activation: str,
+        ep: Axis,
+        etp: Axis,
+        *,
+        init_std: float,
+        output_std: float,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        branches, self.activation = ACTIVATIONS[activation]
+        self.hidden_size = hidden_size
+
+        def weight(shape: tuple[int, ...], ffn_dim: int, std: float) -> nn.Parameter:
+            splits = {0: "ep", ffn_dim: "etp"}
+            layout = ParamLayout(shape, splits, reduce_over="edp", stacked=True, init=Init(std=std))
+            return new_parameter(layout, ep, etp, dtype=dtype)
+
+        self.w1 = weight((num_experts, branches, ffn_size, hidden_size), 2, init_std)
+        self.w2 = weight((num_experts, hidden_size, ffn_size), 2, output_std)
+
+    def forward(self, rows: Tensor, tokens_per_expert: list[int], gradients: WeightGradients | None) -> Tensor:
+        """rows (R, H) sorted by expert -> (R, H), a partial sum when etp > 1."""
+        _, branches, local_ffn, _ = self.w1.shape
+        sink = None if gradients is None else gradients.add
+        inner = grouped_linear(rows, self.w1, branches * local_ffn, tokens_per_expert, sink)
+        joined = self.activation(inner.view(inner.shape[0], branches, local_ffn))
+        return grouped_linear(joined, self.w2, self.hidden_size, tokens_per_expert, sink)

@@ -1,0 +1,130 @@
+"""The words that router, limit and dispatcher share: a list of (token, expert, weight) assignments."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from megatron_moe.parallel.random import KeyedRandom
+
+
+@dataclass(frozen=True)
+class AuxLoss:
+    """One auxiliary loss of one layer on this rank.
+
+    share: () wide; the shares of all ranks in group_axis add up to the value summed over this microbatch's routing
+    groups (per = "group") or over its non-padding tokens (per = "token").  weight: its coefficient.  The step's loss is
+    Σ weight · shares / number of routing groups, or of non-padding tokens, in the global batch.
+    """
+
+    share: Tensor
+    weight: float
+    per: str = "group"
+
+
+@dataclass(frozen=True)
+class TokenInfo:
+    """What a rule may need to know of the tokens; each tensor (T,) int64 unless said."""
+
+    ids: Tensor  # vocabulary ids, for hash routers
+    positions: Tensor  # place in the sequence
+    sequences: Tensor  # sample within the microbatch
+    is_padding: Tensor  # bool
+    groups: Tensor  # routing group within the microbatch
+    keys: Tensor  # order within the group, the same on every layout: position-major, then sequence
+    global_keys: Tensor  # unique in the run's whole sample order: what random draws are keyed by
+    num_groups: int
+    group_size: int  # tokens of a whole group on all ranks, padding included
+    group_tokens: Tensor  # (num_groups,) non-padding tokens of each whole group, on all ranks of group_axis
+    random: KeyedRandom  # (seed, step, "router", layer, pass)
+    train: bool
+
+
+@dataclass(frozen=True)
+class RoutingPlan:
+    """Who goes where: N assignments of local tokens to experts, in any order.
+
+    expert_ids may hold num_experts, which means nobody (dropped, padding): such an assignment costs nothing.
+    """
+
+    num_tokens: int
+    num_experts: int
+    token_ids: Tensor  # (N,) int64 local row
+    expert_ids: Tensor  # (N,) int64
+    combine_weights: Tensor  # (N,) wide; weight of the expert's answer, carries the router's gradient
+    choices: int = 0  # K when assignments stand token by token, K each; 0 when they stand anyhow
+    priority: Tensor | None = None  # (N,) lower is served first; ties, and None, follow TokenInfo.keys
+    aux_losses: dict[str, AuxLoss] = field(default_factory=dict)
+    stats: dict[str, Tensor] = field(default_factory=dict)  # detached; summed over step and ranks
+
+    def mask(self) -> Tensor:
+        """(T, E) bool: for tests and reports only."""
+        table = torch.zeros(self.num_tokens, self.num_experts + 1, dtype=torch.bool, device=self.expert_ids.device)
+        table[self.token_ids, self.expert_ids] = True
+        return table[:, : self.num_experts]
+
+    def tokens_per_expert(self) -> Tensor:
+        """(E,) int64: assignments of each expert."""
+        return self.expert_ids.bincount(minlength=self.num_experts + 1)[: self.num_experts]
+
+
+def plan_from_choices(
+    expert_ids: Tensor,
+    weights: Tensor,
+    info: TokenInfo,
+    *,
+    num_experts: int,
+    k_major: bool = False,
+    priority: Tensor | None = None,
+    aux_losses: dict[str, AuxLoss] | None = None,
+    stats: dict[str, Tensor] | None = None,
+) -> RoutingPlan:
+    """The plan in which token t chose expert_ids[t, 0..K), best first.
+
+    expert_ids: (T, K) int64, num_experts for an unused choice.   weights: (T, K) wide.   Padding tokens go to nobody.
+    k_major: every token's first choice is served before any second one (GShard's order; sees the future).
+    priority: (T, K) overrides both orders.
+    """
+    tokens, choices = expert_ids.shape
+    device = expert_ids.device
+    token_ids = torch.arange(tokens, device=device).repeat_interleave(choices)
+    expert_ids = expert_ids.masked_fill(info.is_padding[:, None], num_experts)
+    if priority is None and k_major:
+        priority = torch.arange(choices, device=device).expand(tokens, choices)
+    return RoutingPlan(
+        num_tokens=tokens,
+        num_experts=num_experts,
+        token_ids=token_ids,
+        expert_ids=expert_ids.reshape(-1),
+        combine_weights=weights.reshape(-1),
+        choices=choices,
+        priority=None if priority is None else priority.reshape(-1),
+        aux_losses=aux_losses or {},
+        stats=stats or {},
+    )
+
+
+@dataclass(frozen=True)
+class RoutingReport:
+    """What an MoE layer says of one forward pass; the trainer sums reports and hands them back in after_step."""
+
+    layer: int
+    aux_losses: dict[str, AuxLoss]
+    stats: dict[str, Tensor]  # detached
+
+    @classmethod
+    def of(cls, layer: int, requested: RoutingPlan, plan: RoutingPlan, info: TokenInfo) -> "RoutingReport":
+        """requested: what the router asked for; plan: what the limit left of it."""
+        asked = requested.tokens_per_expert()
+        served = plan.tokens_per_expert()
+        kept = plan.expert_ids < plan.num_experts
+        reached = torch.zeros(plan.num_tokens, dtype=torch.bool, device=kept.device)
+        reached[plan.token_ids[kept]] = True
+        stats = {
+            "requested": asked,
+            "tokens_per_expert": served,
+            "tokens": (~info.is_padding).sum(),
+            "tokens_unserved": (~reached & ~info.is_padding).sum(),
+            **requested.stats,
+        }
+        return cls(layer, requested.aux_losses, stats)

@@ -1,0 +1,1 @@
+"""Routers: one file each; a router only decides."""

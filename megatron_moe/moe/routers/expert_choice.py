@@ -1,0 +1,140 @@
+"""Expert choice: each expert takes the C tokens of the routing group that want it most.
+
+Source: Zhou et al., arXiv:2202.09368, section 3.2, equations 1 to 4: S = softmax over experts, each expert takes its
+top C = T · c / E tokens, and weighs its answer with the raw S; c is the mean number of experts per token (2 there).
+There is no balance loss, and nothing is dropped afterwards. This project's reading: C is rounded down (or to the
+nearest, as flaxformer does), is at least 1 and at most the group's tokens; ties go to the token with the lowest key,
+that is the earliest; T counts the group's non-padding tokens; the paper's per-device variant is not offered, since it
+would depend on the layout.
+
+Guaranteed: every expert has exactly C different tokens of each group; a token has 0 to E experts. Not causal: whether a
+token is taken depends on later tokens, and on other sequences of its group. Do not use it in a decoder, except to
+study that (--moe-allow-noncausal).
+"""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from megatron_moe.config.errors import ConfigError
+from megatron_moe.config.moe import MoEConfig
+from megatron_moe.config.options import option
+from megatron_moe.moe.capacity import exact, expert_places, sorted_order
+from megatron_moe.moe.losses import router_losses, router_stats
+from megatron_moe.moe.plan import RoutingPlan, TokenInfo
+from megatron_moe.moe.routers.options import parse_options
+from megatron_moe.moe.routers.router import Router
+from megatron_moe.parallel.collectives import gather_counts
+from megatron_moe.parallel.state import Axis
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertChoiceOptions:
+    """What expert_choice alone can be told."""
+
+    capacity: float = option(2.0, "c: experts per token on average", above=0)
+    rounding: str = option("floor", "how T·c/E becomes a whole number of tokens", choices=("floor", "round"))
+
+
+class ExpertChoiceRouter(Router):
+    """See the file's first lines."""
+
+    Options = ExpertChoiceOptions
+    is_causal = False
+    unused_fields: ClassVar[tuple[str, ...]] = (
+        "router_topk",
+        "router_pre_softmax",
+        "aux_loss_coeff",
+        "expert_capacity_factor",
+        "eval_capacity_factor",
+        "token_drop_policy",
+        "capacity_includes_k",
+        "capacity_rounding",
+        "min_capacity",
+        "slot_priority",
+    )
+    options: ExpertChoiceOptions
+
+    def __init__(
+        self,
+        config: MoEConfig,
+        hidden_size: int,
+        options: ExpertChoiceOptions,
+        group_axis: Axis,
+        dtype: torch.dtype,
+        init_std: float,
+    ) -> None:
+        super().__init__(config, hidden_size, options, group_axis, dtype)
+        if options.capacity > config.num_experts:
+            raise ConfigError(
+                f"--moe-router-options capacity={options.capacity:g} asks for more experts per token than "
+                f"--num-experts {config.num_experts}; use {config.num_experts} or less."
+            )
+        self.weight = self.new_weight((config.num_experts, hidden_size), init_std)
+
+    @classmethod
+    def choices(cls, config: MoEConfig) -> int:
+        """Assignments of one token on average, rounded up; no limit follows, so none is computed from it."""
+        capacity: float = parse_options(cls, config).capacity
+        return math.ceil(capacity)
+
+    def forward(self, tokens: Tensor, info: TokenInfo) -> RoutingPlan:
+        """tokens: (T, H).  N = num_groups · E · C on every rank; what falls to other ranks' tokens is nobody's here."""
+        logits = tokens.to(self.dtype) @ self.weight.to(self.dtype).T
+        scores = logits.softmax(dim=1)
+        num_tokens, num_experts = scores.shape
+        rows, taken = self._choose(scores.detach(), info)
+        if not num_tokens:
+            rows, taken = rows[..., :0], taken[..., :0]
+        mine = taken & (rows >= 0) & (rows < num_tokens)
+        rows = rows.masked_fill(~mine, 0)
+        experts = torch.arange(num_experts, device=rows.device)[None, :, None].expand_as(rows)
+        return RoutingPlan(
+            num_tokens=num_tokens,
+            num_experts=num_experts,
+            token_ids=rows.reshape(-1),
+            expert_ids=experts.masked_fill(~mine, num_experts).reshape(-1),
+            combine_weights=scores[rows, experts].masked_fill(~mine, 0.0).reshape(-1),
+            aux_losses=router_losses(logits, scores, None, info, config=self.config, group_axis=self.group_axis),
+            stats=router_stats(scores, info),
+        )
+
+    def _places(self, tokens: Tensor) -> Tensor:
+        """C of groups with so many tokens."""
+        share = exact(self.options.capacity) / self.config.num_experts
+        return expert_places(tokens, share=share, rounding=self.options.rounding, at_least=1)
+
+    def _choose(self, scores: Tensor, info: TokenInfo) -> tuple[Tensor, Tensor]:
+        """Both (num_groups, E, C): the tokens that each expert prefers, as local rows, and whether it takes them.
+
+        C is that of a whole group without padding; a row outside 0..T-1 belongs to another rank.
+        """
+        wishes, row_of_line = self._group_table(scores, info)
+        most = int(self._places(torch.tensor(info.group_size)))  # on the host: nothing waits
+        by_expert = wishes.view(info.num_groups, info.group_size, -1).transpose(1, 2)
+        # stable: among equals the earlier token
+        ranked = by_expert.sort(dim=2, descending=True, stable=True).indices[..., :most]
+        group_start = torch.arange(info.num_groups, device=ranked.device)[:, None, None] * info.group_size
+        taken = torch.arange(most, device=ranked.device) < self._places(info.group_tokens)[:, None, None]
+        return row_of_line[ranked + group_start], taken.expand_as(ranked)
+
+    def _group_table(self, scores: Tensor, info: TokenInfo) -> tuple[Tensor, Tensor]:
+        """(num_groups · group_size, E) scores of all tokens by group and key, -inf for padding; and their rows."""
+        axis = self.group_axis
+        counts = gather_counts(scores.shape[0], axis, scores.device)
+        place = torch.stack([info.groups, info.keys], dim=1)
+        wishes = scores.masked_fill(info.is_padding[:, None], float("-inf"))
+        if sum(counts) > 0:
+            place = axis.comm.all_gather(place, counts)
+            wishes = axis.comm.all_gather(wishes, counts)
+        order = sorted_order(*place.unbind(dim=1))
+        groups = place[order, 0]
+        in_group = torch.arange(len(order), device=order.device) - torch.searchsorted(groups, groups)
+        # one line for each place of each group: the last group of a microbatch may leave some empty
+        line = groups * info.group_size + in_group
+        lines = info.num_groups * info.group_size
+        table = wishes.new_full((lines, wishes.shape[1]), float("-inf")).index_copy_(0, line, wishes[order])
+        return table, order.new_zeros(lines).index_copy_(0, line, order - sum(counts[: axis.rank]))

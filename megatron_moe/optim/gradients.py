@@ -1,0 +1,197 @@
+"""Weight gradients in flat wide buckets, summed over the ranks that share a weight.
+
+A bucket holds parameters of one stage that are reduced alike. Sharded, each rank of the axis owns an equal part:
+
+    | embedding | gap | norm | w1 ...             | w2 ...   | gap |
+    |------ shard of rank 0 ------|------ shard of rank 1 ---------|
+
+The loss is already divided by the count of the whole batch, so gradients are summed, never averaged.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from megatron_moe.parallel.layout import ParamLayout, layout_of
+from megatron_moe.parallel.state import ParallelState
+
+NamedParameter = tuple[str, nn.Parameter]
+
+# elements; parameters and shards begin on 32-byte boundaries even in bf16: grouped products and vector loads need 16
+ALIGNMENT = 16
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What gradients, moments and master weights of a model in `dtype` are kept in."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _aligned(elements: int) -> int:
+    return -(-elements // ALIGNMENT) * ALIGNMENT
+
+
+@dataclass(frozen=True)
+class Segment:
+    """What this rank owns of one parameter: elements start.. of its row-major order, at `place` in the shard."""
+
+    name: str
+    layout: ParamLayout
+    start: int
+    place: slice
+
+    def of(self, shard: Tensor) -> Tensor:
+        """The view of a tensor as long as the shard that belongs to this segment."""
+        return shard[self.place]
+
+
+class Bucket:
+    """Parameters of one stage that are reduced alike, in one flat storage, and the shard of it that this rank owns.
+
+    weights: flat, model dtype, the storage of the parameters.  gradients: flat, wide, seen as `parameter.main_grad`.
+    The ranks of an axis in `sum_over` must have the same place on the `reduce_over` axis.
+    """
+
+    def __init__(self, stage: int, members: Sequence[NamedParameter], state: ParallelState, sharded: bool) -> None:
+        first = members[0][1]
+        self.stage = stage
+        self.axis = state.axis(layout_of(first).reduce_over)
+        self.sum_axes = [state.axis(name) for name in layout_of(first).sum_over]
+        self.sharded = sharded
+        self._state = state
+        # an axis that leaves the stage has to wait until other stages are done too
+        self.is_local = all(set(axis.ranks) <= set(state.stage.ranks) for axis in self.sum_axes)
+        starts, length = _places(members)
+        parts, mine = (self.axis.size, self.axis.rank) if sharded else (1, 0)
+        self.shard_elements = _aligned(-(-length // parts))
+        self._own = slice(mine * self.shard_elements, (mine + 1) * self.shard_elements)
+        self.weights = torch.zeros(parts * self.shard_elements, dtype=first.dtype, device=first.device)
+        self.gradients = torch.zeros_like(self.weights, dtype=wide_dtype(first.dtype))
+        for (_, parameter), start in zip(members, starts, strict=True):
+            self._adopt(parameter, start)
+        self.segments = self._segments(members, starts)
+
+    def _adopt(self, parameter: nn.Parameter, start: int) -> None:
+        """Move a parameter into the flat storage and give it its gradient there."""
+        place = slice(start, start + parameter.numel())
+        self.weights[place].view(parameter.shape).copy_(parameter.data)
+        parameter.data = self.weights[place].view(parameter.shape)
+        parameter.main_grad = self.gradients[place].view(parameter.shape)  # type: ignore[attr-defined]
+
+    def _segments(self, members: Sequence[NamedParameter], starts: Sequence[int]) -> tuple[Segment, ...]:
+        own, found = self._own, []
+        for (name, parameter), begin in zip(members, starts, strict=True):
+            start, stop = max(begin, own.start), min(begin + parameter.numel(), own.stop)
+            if start < stop:
+                place = slice(start - own.start, stop - own.start)
+                found.append(Segment(name, layout_of(parameter), start - begin, place))
+        return tuple(found)
+
+    @property
+    def own_weights(self) -> Tensor:
+        """(shard_elements,) this rank's part of the weights, a view."""
+        return self.weights[self._own]
+
+    @property
+    def own_gradients(self) -> Tensor:
+        """(shard_elements,) this rank's part of the gradients, a view; whole sums once the bucket is reduced."""
+        return self.gradients[self._own]
+
+    def speaks_for(self, layout: ParamLayout) -> bool:
+        """True on the one rank, among those that own the same numbers, which counts and saves them."""
+        replicas = [self._state.axis(name) for name in layout.replica_axes]
+        return all(axis.is_first for axis in replicas) and (self.sharded or self.axis.is_first)
+
+    def reduce(self) -> None:
+        """Sum the gradients over all ranks that hold a part of them.
+
+        First over the replicas, then the shard alone over the other axes: less to send, and the last sum gives all
+        copies of a tied or replicated weight the same bits.
+        """
+        if self.sharded:
+            summed = self.axis.comm.reduce_scatter(self.gradients, self._rows())
+            if summed is not self.gradients:  # a rank alone gets its argument back
+                self.own_gradients.copy_(summed)
+        else:
+            self.axis.comm.all_reduce_(self.gradients)
+        for axis in self.sum_axes:
+            axis.comm.all_reduce_(self.own_gradients)
+
+    def gather_weights(self) -> None:
+        """Fill all weights, and so the parameters, from the shards of their owners."""
+        if self.sharded:
+            own = self.own_weights
+            whole = self.axis.comm.all_gather(own, self._rows())
+            if whole is not own:
+                self.weights.copy_(whole)
+
+    def _rows(self) -> list[int]:
+        return [self.shard_elements] * self.axis.size
+
+
+def _places(members: Sequence[NamedParameter]) -> tuple[list[int], int]:
+    """Where each parameter begins in the flat storage, and how long that is."""
+    starts, end = [], 0
+    for _, parameter in members:
+        starts.append(end)
+        end = _aligned(end + parameter.numel())
+    return starts, end
+
+
+def _group(members: Sequence[NamedParameter], bucket_elements: int) -> list[list[NamedParameter]]:
+    """Parameters that are reduced alike, in at most `bucket_elements` at a time; none is cut."""
+    alike: dict[tuple[str, tuple[str, ...], torch.dtype], list[list[NamedParameter]]] = {}
+    for name, parameter in members:
+        layout = layout_of(parameter)
+        groups = alike.setdefault((layout.reduce_over, layout.sum_over, parameter.dtype), [[]])
+        filled = sum(_aligned(member.numel()) for _, member in groups[-1])
+        if filled and filled + parameter.numel() > bucket_elements:
+            groups.append([])
+        groups[-1].append((name, parameter))
+    return [group for groups in alike.values() for group in groups]
+
+
+class GradientBuckets:
+    """All buckets of this rank's stages; makes the parameters' storage and `main_grad`.
+
+    stages: named parameters of each stage in order; frozen ones are left alone.  bucket_elements: size of a bucket.
+    sharded: each rank of the axis owns a part (ZeRO-1), instead of all of them everything.
+    Every rank of a stage must ask for the same reductions in the same order.
+    """
+
+    def __init__(
+        self, stages: Sequence[Sequence[NamedParameter]], state: ParallelState, *, bucket_elements: int, sharded: bool
+    ) -> None:
+        trained = [[(name, weight) for name, weight in stage if weight.requires_grad] for stage in stages]
+        weights = [weight for stage in trained for _, weight in stage]
+        if not weights:
+            raise ValueError("this rank has no parameter to train")
+        if len(set(map(id, weights))) < len(weights):
+            raise ValueError("two stages of one rank share a parameter: its gradient is never complete in one of them")
+        self.state = state
+        self.device = weights[0].device
+        self.buckets = [
+            Bucket(stage, members, state, sharded)
+            for stage, named in enumerate(trained)
+            for members in _group(named, bucket_elements)
+        ]
+        self._waiting = list(self.buckets)
+
+    def zero_(self) -> None:
+        """Start a step: no gradient yet."""
+        for bucket in self.buckets:
+            bucket.gradients.zero_()
+        self._waiting = list(self.buckets)
+
+    def reduce(self, stage: int | None = None) -> None:
+        """Sum the gradients of one stage, once they are complete; without a stage, of all that is left.
+
+        What is tied across stages is summed only by the last call, without a stage: earlier, the other end of the
+        pipeline may be waiting for this rank's own work.
+        """
+        chosen = [bucket for bucket in self._waiting if stage is None or (bucket.stage == stage and bucket.is_local)]
+        self._waiting = [bucket for bucket in self._waiting if bucket not in chosen]
+        # those that wait for other stages come last
+        for bucket in sorted(chosen, key=lambda bucket: not bucket.is_local):
+            bucket.reduce()

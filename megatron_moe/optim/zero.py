@@ -1,0 +1,127 @@
+"""AdamW on this rank's share of the weights, in wide precision: ZeRO stage 1.  [Rajbhandari, arXiv:1910.02054]
+
+gradients (reduced) → AdamW on the shard → cast to the model's dtype → all-gather into the parameters
+"""
+
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from megatron_moe.config.optimizer import OptimizerConfig
+from megatron_moe.optim.adamw import AdamWSegment, adamw_
+from megatron_moe.optim.gradients import Bucket, GradientBuckets, Segment, wide_dtype
+from megatron_moe.parallel.blocks import Block, flat_range_blocks
+from megatron_moe.parallel.layout import logical_pieces
+from megatron_moe.parallel.state import ParallelState
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A bucket with the optimizer's own numbers for the part that this rank owns, each (shard_elements,) wide.
+
+    master: the weights; when the model is wide already, they are the parameters' own storage.
+    """
+
+    bucket: Bucket
+    master: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+
+    @classmethod
+    def of(cls, bucket: Bucket) -> "Shard":
+        """Moments at zero, masters equal to the weights."""
+        master = bucket.own_weights.to(wide_dtype(bucket.weights.dtype))
+        return cls(bucket, master, torch.zeros_like(master), torch.zeros_like(master))
+
+    @property
+    def has_master(self) -> bool:
+        """Whether the masters are more than the parameters themselves."""
+        return self.master.dtype != self.bucket.weights.dtype
+
+    def cut(self, segment: Segment) -> AdamWSegment:
+        """One parameter's part of everything."""
+        gradients = segment.of(self.bucket.own_gradients)
+        return AdamWSegment(segment.of(self.master), gradients, segment.of(self.exp_avg), segment.of(self.exp_avg_sq))
+
+    def publish(self) -> None:
+        """Bring the updated weights into every replica's parameters."""
+        if self.has_master:
+            self.bucket.own_weights.copy_(self.master)
+        self.bucket.gather_weights()
+
+
+class ShardedAdamW:
+    """Updates the parameters behind `buckets` from their reduced gradients; decays only where the layout says so.
+
+    Collective: all ranks step together.
+    """
+
+    def __init__(self, buckets: GradientBuckets, config: OptimizerConfig) -> None:
+        self.step_count = 0  # updates made
+        self._config = config
+        self._state = buckets.state
+        self._shards = [Shard.of(bucket) for bucket in buckets.buckets]
+
+    @torch.no_grad()
+    def step(self, lr: float) -> None:
+        """One update at this learning rate."""
+        self.step_count += 1
+        self._update(lr, self._config.weight_decay, decayed=True)
+        self._update(lr, 0.0, decayed=False)
+        for shard in self._shards:
+            shard.publish()
+
+    def _update(self, lr: float, weight_decay: float, *, decayed: bool) -> None:
+        config = self._config
+        pieces = [(shard, segment) for shard in self._shards for segment in shard.bucket.segments]
+        adamw_(
+            [shard.cut(segment) for shard, segment in pieces if segment.layout.decay == decayed],
+            step=self.step_count,
+            lr=lr,
+            beta1=config.adam_beta1,
+            beta2=config.adam_beta2,
+            eps=config.adam_eps,
+            weight_decay=weight_decay,
+        )
+
+    def reset_masters(self) -> None:
+        """Take the weights as they are for masters, after something else than `step` filled the parameters."""
+        for shard in self._shards:
+            shard.master.copy_(shard.bucket.own_weights)
+
+    def blocks(self) -> list[Block]:
+        """Views that a checkpoint keeps: "exp_avg/<name>", "exp_avg_sq/<name>" and, if separate, "master/<name>"."""
+        found: list[Block] = []
+        for shard in self._shards:
+            kinds = {"exp_avg/": shard.exp_avg, "exp_avg_sq/": shard.exp_avg_sq}
+            if shard.has_master:
+                kinds["master/"] = shard.master
+            for segment in shard.bucket.segments:
+                primary = shard.bucket.speaks_for(segment.layout)
+                for prefix, flat in kinds.items():
+                    found += _segment_blocks(segment, prefix, segment.of(flat), primary, self._state)
+        return found
+
+    def state_dict(self) -> dict[str, int]:
+        """What is the same on all ranks."""
+        return {"step_count": self.step_count}
+
+    def load_state_dict(self, values: dict[str, int]) -> None:
+        """The inverse of `state_dict`; the tensors are filled through `blocks`."""
+        self.step_count = values["step_count"]
+
+
+def _segment_blocks(segment: Segment, prefix: str, flat: Tensor, primary: bool, state: ParallelState) -> list[Block]:
+    """Cut a flat range of a parameter into rectangles; in a stack of experts, each expert's part for itself."""
+    found: list[Block] = []
+    begin, stop = 0, segment.start + flat.numel()
+    for piece in logical_pieces(segment.name, segment.layout, state):
+        end = begin + prod(piece.shape)
+        first, last = max(begin, segment.start), min(end, stop)
+        if first < last:
+            part = flat[first - segment.start : last - segment.start]
+            found += flat_range_blocks(piece, prefix, part, first - begin, primary)
+        begin = end
+    return found

@@ -1,0 +1,134 @@
+"""Model, gradients, optimizer and pipeline of one rank: everything that a step of training needs, and no files."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from megatron_moe.config.run import RunConfig
+from megatron_moe.data.batch import Batch
+from megatron_moe.layers.weight_gradients import collect_small_gradients
+from megatron_moe.models.build import build_stages, gpt_spec, initialise_stages
+from megatron_moe.moe.layer import MoELayer
+from megatron_moe.optim.clip import clip_
+from megatron_moe.optim.gradients import GradientBuckets
+from megatron_moe.optim.lr_schedule import learning_rate
+from megatron_moe.optim.zero import ShardedAdamW
+from megatron_moe.parallel.grid import Grid
+from megatron_moe.parallel.random import KeyedRandom
+from megatron_moe.parallel.state import ParallelState
+from megatron_moe.pipeline.executor import Executor
+from megatron_moe.pipeline.schedules import SCHEDULES, forward_only
+from megatron_moe.pipeline.transfer import Transfer
+from megatron_moe.training.faults import check_finite
+from megatron_moe.training.metrics import LayerStats, MetricsReducer, StepMetrics
+from megatron_moe.training.step import StepProgram, count_batches
+
+
+def grid_of(config: RunConfig, world_size: int) -> Grid:
+    """The grid that a configuration asks for in a world of so many ranks."""
+    parallel = config.parallel
+    return Grid(
+        world_size,
+        tp=parallel.tensor_model_parallel_size,
+        cp=parallel.context_parallel_size,
+        pp=parallel.pipeline_model_parallel_size,
+        ep=parallel.expert_model_parallel_size,
+        etp=parallel.expert_tensor,
+    )
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One finished step, the same on every rank."""
+
+    metrics: StepMetrics
+    grad_norm: float
+    learning_rate: float
+
+
+class Engine:
+    """This rank's part of the model and of its training."""
+
+    def __init__(self, config: RunConfig, state: ParallelState, device: torch.device, vocab_size: int) -> None:
+        """vocab_size: ids that mean something, before padding."""
+        self.config = config
+        self.state = state
+        self.device = device
+        self.spec = gpt_spec(config, vocab_size)
+        self.stages = build_stages(self.spec, state)
+        initialise_stages(self.stages, state, config.training.seed, device)
+        for stage in self.stages:
+            collect_small_gradients(stage)
+        self.buckets = GradientBuckets(
+            [list(stage.named_parameters()) for stage in self.stages],
+            state,
+            bucket_elements=config.parallel.ddp_bucket_size,
+            sharded=config.parallel.use_distributed_optimizer,
+        )
+        self.optimizer = ShardedAdamW(self.buckets, config.optimizer)
+        self._random = KeyedRandom(config.training.seed)
+        self._metrics = MetricsReducer(state, device)
+        self._validation_metrics = MetricsReducer(state, device)
+        # the executor numbers stages over the pipeline, the buckets over this rank
+        self._executor = Executor(
+            state.pp.size,
+            Transfer(state.pp, state.pp_back, device),
+            complete=lambda stage: self.buckets.reduce(stage - state.pp.rank),
+        )
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        return list(self.stages)
+
+    def train_step(self, step: int, batches: Sequence[Batch], last_checkpoint: str | None = None) -> StepResult:
+        """Forward, backward, reduce, clip, update.
+
+        step: number of finished steps before this one.  batches: this rank's microbatches of the global batch.
+        Raises NonFiniteError on every rank, before anything is updated, when a loss or gradient is NaN or infinite.
+        """
+        training = self.config.training
+        for layer in self._moe_layers().values():
+            layer.router.before_step(step / training.num_steps)
+        counts = count_batches(batches, self.config.moe.routing_group_samples, self.state, self.device)
+        program = StepProgram(
+            self.stages, batches, counts, self.state, self._random.at(step=step), self.device, train=True
+        )
+        self.buckets.zero_()
+        schedule = SCHEDULES[self.config.parallel.pipeline_schedule](self.state.pp.size, len(batches))
+        self._executor.train(schedule[self.state.pp.rank], program)
+        self.buckets.reduce()
+        norm = clip_(self.buckets, self.config.optimizer.clip_grad)
+        metrics = self._metrics.reduce(program.findings, counts)
+        if training.check_for_nan_in_loss_and_grad:
+            local = program.findings.loss
+            healthy = local is None or bool(local.isfinite())
+            check_finite(metrics.loss, norm, healthy, step + 1, self.state.world, self.device, last_checkpoint)
+        rate = learning_rate(self.config.optimizer, step, training.num_steps)
+        self.optimizer.step(rate)
+        self._after_step(metrics.layers)
+        return StepResult(metrics, norm, rate)
+
+    def evaluate(self, batches: Sequence[Batch]) -> tuple[StepMetrics, float]:
+        """The metrics of one global batch without learning from it, and over how many tokens its loss is the mean."""
+        counts = count_batches(batches, self.config.moe.routing_group_samples, self.state, self.device)
+        program = StepProgram(self.stages, batches, counts, self.state, self._random, self.device, train=False)
+        schedule = forward_only(self.state.pp.size, len(batches))
+        self._executor.evaluate(schedule[self.state.pp.rank], program)
+        return self._validation_metrics.reduce(program.findings, counts), counts.loss_tokens
+
+    def _moe_layers(self) -> dict[int, MoELayer]:
+        return {index: layer for stage in self.stages for index, layer in stage.moe_layers().items()}
+
+    def _after_step(self, layers: LayerStats) -> None:
+        if not layers:
+            return
+        names = set.intersection(*(set(stats) for stats in layers.values()))
+        model = {
+            name: sum(stats[name] for stats in layers.values())
+            for name in names
+            if len({stats[name].shape for stats in layers.values()}) == 1
+        }
+        for index, layer in self._moe_layers().items():
+            layer.router.after_step(layers[index], model)

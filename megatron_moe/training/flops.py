@@ -1,0 +1,44 @@
+"""Model FLOPs of a token, counted as NVIDIA publishes them: forward and backward, no recomputation, half of causal scores."""
+
+from megatron_moe.config.run import RunConfig
+
+# bf16 dense peaks of the data sheets, by what the device's name contains; the first match counts
+PEAKS = {
+    "B200": 2250e12,
+    "H200": 989.4e12,
+    "H100 PCIe": 756e12,
+    "H100": 989.4e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+}
+
+
+def formula_text() -> str:
+    """What the log says once, so that figures can be compared."""
+    return (
+        "FLOPs per token = 3 x forward; forward = sum over layers of attention projections + half of 4 s n_h d_h "
+        "(causal) + 6 k h f (gated experts or MLP; 4 without a gate) + shared expert, + 2 h V for the head; "
+        "routers, norms and embeddings are not counted; MFU = that / data-sheet bf16 dense peak."
+    )
+
+
+def flops_per_token(config: RunConfig, vocab_size: int) -> float:
+    """Forward and backward FLOPs of one token. vocab_size: ids before padding."""
+    model, moe = config.model, config.moe
+    hidden, head_dim = model.hidden_size, model.head_dim
+    query = model.num_attention_heads * head_dim
+    projections = 2 * hidden * (2 * query + 2 * model.groups * head_dim)
+    scores = 2 * config.data.seq_length * query  # causal half of 4 s n_h d_h
+    per_width = (6 if model.activation in ("swiglu", "geglu") else 4) * hidden
+    dense = per_width * model.ffn_size
+    sparse = per_width * (
+        moe.router_topk * moe.expert_ffn_size(model.ffn_size) + (moe.shared_expert_intermediate_size or 0)
+    )
+    pattern = moe.moe_layers(model.num_layers)
+    layers = sum(projections + scores + (sparse if is_sparse else dense) for is_sparse in pattern)
+    return 3.0 * (layers + 2 * hidden * vocab_size)
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Data-sheet bf16 dense FLOP/s of a card, None for one that is not in the table."""
+    return next((peak for name, peak in PEAKS.items() if name in device_name), None)

@@ -1,0 +1,133 @@
+"""One step: the program that the pipeline plays, and what it found."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from megatron_moe.data.batch import Batch
+from megatron_moe.layers.context import ForwardContext, SequenceView
+from megatron_moe.layers.context_parallel import context_rows
+from megatron_moe.layers.weight_gradients import Deferred, Immediate
+from megatron_moe.models.gpt import GPTStage, StageOutput
+from megatron_moe.moe.plan import RoutingReport
+from megatron_moe.parallel.random import KeyedRandom
+from megatron_moe.parallel.state import ParallelState
+from megatron_moe.pipeline.executor import Played
+from megatron_moe.pipeline.transfer import Edge
+from megatron_moe.training.objective import GlobalCounts, token_loss_share
+
+
+def view_of(batch: Batch, state: ParallelState, device: torch.device) -> SequenceView:
+    """The decoder stream as the layers see it. The batch is still on the host, where the packing flag is read."""
+    stream = batch.decoder
+    segmented = bool((stream.segments != 0).any())
+    length = stream.tokens.shape[1]
+    return SequenceView(
+        tokens=stream.tokens.t().to(device),
+        positions=stream.position_ids.t().to(device),
+        segments=stream.segments.t().to(device),
+        sample_ids=batch.sample_ids.to(device),
+        rows=context_rows(length, state.cp.size, state.cp.rank, device),
+        segmented=segmented,
+    )
+
+
+def count_batches(batches: Sequence[Batch], group_samples: int, state: ParallelState, device: torch.device) -> GlobalCounts:
+    """Counts over the global batch: each data-parallel rank brings its own microbatches."""
+    loss_tokens = sum(float(batch.decoder.loss_mask.sum()) for batch in batches)
+    tokens = sum(int((batch.decoder.segments >= 0).sum()) for batch in batches)
+    groups = sum(-(-batch.sample_ids.shape[0] // group_samples) for batch in batches)
+    found = torch.tensor([loss_tokens, tokens, groups], dtype=torch.float64, device=device)
+    found = state.dp.comm.all_reduce_(found)
+    return GlobalCounts(float(found[0]), int(found[1]), int(found[2]))
+
+
+@dataclass
+class Findings:
+    """What the forward passes of this rank found, summed over its microbatches; shares, not yet summed over ranks."""
+
+    loss: Tensor | None = None  # Σ loss · mask, on the last stage only
+    reports: dict[int, RoutingReport] = field(default_factory=dict)  # by layer
+
+    def add_loss(self, share: Tensor) -> None:
+        self.loss = share if self.loss is None else self.loss + share
+
+    def add_report(self, report: RoutingReport) -> None:
+        shares = {f"loss/{loss.per}/{name}": loss.share.detach() for name, loss in report.aux_losses.items()}
+        stats = {**report.stats, **shares}
+        known = self.reports.get(report.layer)
+        if known is not None:
+            stats = {name: value + known.stats[name] for name, value in stats.items()}
+        self.reports[report.layer] = RoutingReport(report.layer, report.aux_losses, stats)
+
+
+class StepProgram:
+    """The microbatches of one step on this rank's stages."""
+
+    def __init__(
+        self,
+        stages: Sequence[GPTStage],
+        batches: Sequence[Batch],
+        counts: GlobalCounts,
+        state: ParallelState,
+        random: KeyedRandom,
+        device: torch.device,
+        *,
+        train: bool,
+    ) -> None:
+        """random: at (seed, step)."""
+        self._stages = {state.pp.rank: stage for stage in stages}
+        self._batches = batches
+        self._views = [view_of(batch, state, device) for batch in batches]
+        self._counts = counts
+        self._state = state
+        self._random = random
+        self._device = device
+        self._train = train
+        self.findings = Findings()
+
+    def edge(self, stage: int, microbatch: int) -> Edge:
+        return next(iter(self._stages.values())).edge(self._context(microbatch, None))
+
+    def _context(self, microbatch: int, sink: Immediate | Deferred | None) -> ForwardContext:
+        any_stage = next(iter(self._stages.values()))
+        return ForwardContext(
+            view=self._views[microbatch],
+            random=self._random,
+            train=self._train,
+            sequence_parallel=any_stage.spec.sequence_parallel,
+            weight_gradients=sink,
+        )
+
+    def forward(self, stage: int, microbatch: int, inputs: dict[str, Tensor], *, split: bool) -> Played:
+        sink = Deferred() if split else Immediate()
+        ctx = self._context(microbatch, sink if self._train else None)
+        output = self._stages[stage](inputs, ctx)
+        losses = self._losses(self._stages[stage], microbatch, output, ctx)
+        outputs = {} if self._stages[stage].last else output.tensors
+        return Played(outputs, losses, sink.run if isinstance(sink, Deferred) else _nothing)
+
+    def _losses(self, stage: GPTStage, microbatch: int, output: StageOutput, ctx: ForwardContext) -> list[Tensor]:
+        losses = []
+        for report in output.reports:
+            self.findings.add_report(report)
+            losses += [loss.share * self._counts.aux_scale(loss) for loss in report.aux_losses.values() if loss.weight]
+        if stage.last:
+            stream = self._batches[microbatch].decoder
+            share = token_loss_share(
+                output.tensors["logits"],
+                stream.labels.to(self._device),
+                stream.loss_mask.to(self._device),
+                stage.spec.vocab_size,
+                self._state.tp,
+                ctx,
+            )
+            self.findings.add_loss(share.detach())
+            losses.append(share / max(1.0, self._counts.loss_tokens))
+        return losses
+
+
+def _nothing() -> None:
+    return

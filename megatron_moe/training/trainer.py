@@ -1,0 +1,268 @@
+"""The loop: read, step, log, evaluate, save; stop when asked, and go on where it stopped."""
+
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+
+from megatron_moe.checkpoint.load import find_checkpoint
+from megatron_moe.checkpoint.save import CheckpointWriter
+from megatron_moe.config.errors import CheckpointError, ConfigError, NoCheckpointError
+from megatron_moe.config.run import RunConfig
+from megatron_moe.data.build import build_datasets
+from megatron_moe.data.gpt_dataset import Dataset
+from megatron_moe.data.loader import Loader
+from megatron_moe.data.sampler import Sampler
+from megatron_moe.data.tokenizer import build_tokenizer
+from megatron_moe.parallel.blocks import module_blocks
+from megatron_moe.parallel.state import ParallelState
+from megatron_moe.training.console import StepRecord, log_line
+from megatron_moe.training.engine import Engine, StepResult
+from megatron_moe.training.flops import flops_per_token, formula_text, peak_flops
+from megatron_moe.training.gpu_monitor import GpuMonitor
+from megatron_moe.training.metrics import summarise_routing
+from megatron_moe.training.signals import StopSignals
+from megatron_moe.training.sinks import Sinks
+
+logger = logging.getLogger(__name__)
+
+FINISHED = 0
+PREEMPTED = 75  # reliability: stopped by a signal, checkpoint written
+
+
+class Trainer:
+    """One run on this rank. Collective: all ranks build and run together."""
+
+    def __init__(self, config: RunConfig, state: ParallelState, device: torch.device) -> None:
+        self.config = config
+        self.state = state
+        self.device = device
+        self.tokenizer = build_tokenizer(config.data, config.model.vocab_size)
+        self.vocab_size = config.model.vocab_size or self.tokenizer.vocab_size
+        self.datasets = build_datasets(config, self.tokenizer)
+        self.engine = Engine(config, state, device, self.vocab_size)
+        self.step = 0
+        self.writer = self._writer()
+        self._flops = flops_per_token(config, self.vocab_size)
+        self._peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+        self._gpu = GpuMonitor.for_device(device)
+        self.loader = Loader(
+            self._dataset("train"), self._sampler(consumed=0), device="cpu", num_workers=config.data.num_workers
+        )
+
+    def _dataset(self, split: str) -> Dataset:
+        found = self.datasets[split]
+        if found is None:
+            raise ConfigError(f"--split {self.config.data.split} leaves no sample for {split}; give it a larger share.")
+        return found
+
+    def _sampler(self, consumed: int) -> Sampler:
+        training = self.config.training
+        return Sampler(
+            global_batch_size=training.global_batch_size,
+            micro_batch_size=training.micro_batch_size,
+            dp_rank=self.state.dp.rank,
+            dp_size=self.state.dp.size,
+            consumed=consumed,
+        )
+
+    def _writer(self) -> CheckpointWriter | None:
+        wanted = self.config.checkpoint
+        if wanted.save is None:
+            return None
+        return CheckpointWriter(
+            Path(wanted.save),
+            self.state.world,
+            keep=wanted.keep,
+            run_id=run_id(self.config),
+            background=wanted.async_save,
+            device=self.device,
+        )
+
+    def run(self) -> int:
+        """Train to the end, or until asked to stop; returns the exit code."""
+        self.restore()
+        num_steps = self.config.training.num_steps
+        logger.info(formula_text())
+        started = time.monotonic()
+        with self._sinks() as sinks, StopSignals() as signals, self.loader:
+            window = _Window()
+            while self.step < num_steps:
+                result = self.train_step()
+                window.add(result)
+                self._log(result, window, sinks)
+                self._validate(sinks)
+                stop = signals.agreed(self.state.world, self.device)
+                last = self.step == num_steps or stop or self._planned_exit(started)
+                self._save(last)
+                if last:
+                    break
+        if self.writer is not None:
+            self.writer.finish()
+        if self.step < num_steps and signals.stopped:
+            logger.warning("stopped by a signal after step %d; the checkpoint is written, exit code %d", self.step, PREEMPTED)
+            return PREEMPTED
+        return FINISHED
+
+    def train_step(self) -> StepResult:
+        """The next step of the run."""
+        result = self.engine.train_step(self.step, next(self.loader), self._last_checkpoint())
+        self.step += 1
+        return result
+
+    def _sinks(self) -> Sinks:
+        wanted = self.config.logging
+        # the last rank of the pipeline could as well: every rank knows all figures
+        speaks = self.state.rank == 0
+        return Sinks(
+            Path(wanted.log_dir) if wanted.log_dir and speaks else None,
+            Path(wanted.tensorboard_dir) if wanted.tensorboard_dir and speaks else None,
+            self.step,
+        )
+
+    def _log(self, result: StepResult, window: "_Window", sinks: Sinks) -> None:
+        if self.step % self.config.logging.log_interval and self.step != 1:
+            return
+        training = self.config.training
+        record = StepRecord(
+            step=self.step,
+            total_steps=training.num_steps,
+            consumed_samples=self.loader.state_dict()["consumed_samples"],
+            global_batch_size=training.global_batch_size,
+            seconds=window.seconds_per_step(),
+            tokens=training.global_batch_size * self.config.data.seq_length,
+            world_size=self.state.world.size,
+            flops=self._flops * training.global_batch_size * self.config.data.seq_length,
+            peak_flops=self._peak,
+            loss=result.metrics.loss,
+            aux_losses=result.metrics.aux_losses,
+            learning_rate=result.learning_rate,
+            grad_norm=result.grad_norm,
+            routing=summarise_routing(result.metrics.layers),
+            gpu=self._gpu.read() if self._gpu is not None else None,
+        )
+        logger.info(log_line(record))
+        sinks.write(record, result.metrics.layers)
+        window.restart()
+
+    def _validate(self, sinks: Sinks) -> None:
+        interval = self.config.training.eval_interval
+        if interval is None or (self.step % interval and self.step != self.config.training.num_steps):
+            return
+        loss = self.validation_loss()
+        logger.info("validation loss at iteration %d | lm loss value: %.6E", self.step, loss)
+        sinks.write_validation(self.step, loss, {})
+
+    def validation_loss(self) -> float:
+        """Mean loss per token over the first eval_iters global batches of the validation split, in nats."""
+        sampler = self._sampler(consumed=0)
+        total = tokens = 0.0
+        with Loader(self._dataset("valid"), sampler) as loader:
+            for _ in range(self.config.training.eval_iters):
+                batches = next(loader)
+                metrics, count = self.engine.evaluate(batches)
+                total += metrics.loss * count
+                tokens += count
+        return total / max(1.0, tokens)
+
+    def _planned_exit(self, started: float) -> bool:
+        training = self.config.training
+        at_interval = training.exit_interval is not None and self.step % training.exit_interval == 0
+        limit = training.exit_duration_in_mins
+        if limit is None:
+            return at_interval
+        # clocks differ: all ranks follow the slowest
+        late = torch.tensor([float(time.monotonic() - started > limit * 60.0)], device=self.device)
+        return at_interval or bool(self.state.world.comm.all_reduce_(late, "max").item())
+
+    def _last_checkpoint(self) -> str | None:
+        if self.writer is None or self.writer.last_step is None:
+            return None
+        return f"step {self.writer.last_step} in {self.config.checkpoint.save}"
+
+    def _save(self, last: bool) -> None:
+        if self.writer is None:
+            return
+        interval = self.config.checkpoint.save_interval
+        self.writer.commit_if_ready()
+        if last or (interval is not None and self.step % interval == 0):
+            self.writer.save(
+                self.step,
+                {"model": module_blocks(self.engine.modules, self.state), "optim": self.engine.optimizer.blocks()},
+                self._state(),
+                self.config.to_json(),
+                self._fingerprints(),
+            )
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "optimizer": self.engine.optimizer.state_dict(),
+            "loader": self.loader.state_dict(),
+            "seed": self.config.training.seed,
+        }
+
+    def _fingerprints(self) -> dict[str, Any]:
+        return {"tokenizer": self.tokenizer.fingerprint(), "train": self._dataset("train").fingerprint()}
+
+    def restore(self) -> None:
+        """Go on from the newest valid checkpoint, if one was asked for and is there."""
+        wanted = self.config.checkpoint
+        if wanted.load_directory is None:
+            return
+        try:
+            reader = find_checkpoint(Path(wanted.load_directory), wanted.ckpt_step, self.state.world, device=self.device)
+        except NoCheckpointError:
+            if wanted.exit_on_missing_checkpoint or wanted.ckpt_step is not None:
+                raise
+            logger.warning("no checkpoint in %s: starting at step 0", wanted.load_directory)
+            return
+        reader.fill(module_blocks(self.engine.modules, self.state), "model", cast=wanted.finetune)
+        self.engine.optimizer.reset_masters()
+        if wanted.finetune:
+            logger.info("weights of step %d read from %s; starting at step 0", reader.step, wanted.load_directory)
+            return
+        self._check_fingerprints(reader.data)
+        if not wanted.no_load_optim:
+            reader.fill(self.engine.optimizer.blocks(), "optim")
+            self.engine.optimizer.load_state_dict(reader.state["optimizer"])
+        self.step = int(reader.state["step"])
+        self.loader.load_state_dict(reader.state["loader"])
+        consumed = reader.state["loader"]["consumed_samples"]
+        logger.info("resuming after step %d (%d samples) from %s", self.step, consumed, wanted.load_directory)
+
+    def _check_fingerprints(self, saved: dict[str, Any]) -> None:
+        changed = [name for name, value in self._fingerprints().items() if saved.get(name, value) != value]
+        if changed:
+            raise CheckpointError(
+                f"{self.config.checkpoint.load_directory}: the run was started with another {' and another '.join(changed)} "
+                f"than this command names; give it the same, or start a new run from its weights with --finetune."
+            )
+
+
+def run_id(config: RunConfig) -> str:
+    """A name for the run, the same on all ranks: what is trained, on what, from which seed."""
+    text = json.dumps({name: config.to_dict()[name] for name in ("model", "moe", "data", "training")}, sort_keys=True)
+    return xxhash.xxh3_64_hexdigest(text.encode())
+
+
+class _Window:
+    """Time since the last log line."""
+
+    def __init__(self) -> None:
+        self._start = time.monotonic()
+        self._steps = 0
+
+    def add(self, result: StepResult) -> None:
+        self._steps += 1
+
+    def seconds_per_step(self) -> float:
+        return (time.monotonic() - self._start) / max(1, self._steps)
+
+    def restart(self) -> None:
+        self._start = time.monotonic()
+        self._steps = 0

@@ -1,0 +1,142 @@
+"""What somebody set has an effect, or is refused."""
+
+from typing import Any
+
+import pytest
+
+from megatron_moe.config.errors import ConfigError
+from megatron_moe.config.no_effect import RULES
+from megatron_moe.config.run import RunConfig
+from megatron_moe.config.sections import all_settings
+from tests.config.example import DENSE_FLAGS, dense, sparse
+
+DENSE_MODEL = "has no effect with --num-experts 0 (a dense model); leave it out, or give --num-experts."
+MOE_VALUES: dict[str, Any] = {
+    "layer_freq": "2",
+    "ffn_hidden_size": 64,
+    "router_type": "switch",
+    "router_topk": 2,
+    "router_pre_softmax": True,
+    "aux_loss_coeff": 0.01,
+    "z_loss_coeff": 0.001,
+    "expert_capacity_factor": 1.0,
+    "eval_capacity_factor": 2.0,
+    "token_drop_policy": "probs",
+    "capacity_includes_k": False,
+    "capacity_rounding": "floor",
+    "min_capacity": 4,
+    "slot_priority": "k_major",
+    "shared_expert_intermediate_size": 64,
+    "shared_expert_gate": True,
+    "token_dispatcher_type": "alltoall",
+    "routing_group_samples": 1,
+    "router_options": {"jitter": "0.1"},
+    "allow_noncausal": True,
+}
+
+
+def test_the_values_above_are_all_of_moe() -> None:
+    assert {f"moe.{name}" for name in MOE_VALUES} == {
+        key for key in all_settings() if key.startswith("moe.") and key != "moe.num_experts"
+    }
+
+
+@pytest.mark.parametrize("name", MOE_VALUES)
+def test_moe_options_need_experts(name: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        dense({f"moe.{name}": MOE_VALUES[name]})
+    setting = all_settings()[f"moe.{name}"]
+    assert str(caught.value).startswith((setting.flag, setting.negative_flag))
+    assert str(caught.value).endswith(DENSE_MODEL)
+
+
+CAPACITY = {"moe.expert_capacity_factor": 1.0}
+SAVE, LOAD = {"checkpoint.save": "runs"}, {"checkpoint.load": "runs"}
+WSD = {"optimizer.lr_decay_style": "WSD", "optimizer.lr_wsd_decay_iters": 5}
+# what is refused alone, and what makes it count
+CASES: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
+    ({"moe.token_drop_policy": "position"}, "without a capacity", CAPACITY),
+    ({"moe.capacity_includes_k": False}, "--no-moe-capacity-includes-k (from the recipe) has no effect", CAPACITY),
+    ({"moe.capacity_rounding": "ceil"}, "without a capacity", CAPACITY),
+    ({"moe.min_capacity": 4}, "give --moe-expert-capacity-factor.", CAPACITY),
+    ({"moe.slot_priority": "k_major"}, "without a capacity", CAPACITY),
+    ({"moe.eval_capacity_factor": 2.0}, "without a capacity", CAPACITY),
+    (
+        {"moe.shared_expert_gate": True},
+        "--moe-shared-expert-gate (from the recipe) has no effect without a shared expert",
+        {"moe.shared_expert_intermediate_size": 64},
+    ),
+    (
+        {"model.position_embedding_type": "none", "model.rotary_base": 1e6},
+        "--rotary-base 1000000.0 (from the recipe) has no effect without rotary embedding",
+        {"model.position_embedding_type": "rope"},
+    ),
+    (
+        {"model.position_embedding_type": "none", "model.rotary_percent": 0.5},
+        "without rotary embedding",
+        {"model.position_embedding_type": "rope"},
+    ),
+    ({"optimizer.lr_wsd_decay_style": "linear"}, "use --lr-decay-style WSD.", WSD),
+    ({"optimizer.lr_wsd_decay_iters": 5}, "use --lr-decay-style WSD.", WSD),
+    (
+        {"optimizer.lr_decay_style": "constant", "optimizer.min_lr": 1e-5},
+        "with --lr-decay-style constant",
+        {"optimizer.lr_decay_style": "cosine"},
+    ),
+    (
+        {"optimizer.lr_decay_style": "constant", "optimizer.lr_decay_iters": 50},
+        "with --lr-decay-style constant",
+        {"optimizer.lr_decay_style": "linear"},
+    ),
+    ({"training.eval_iters": 5}, "give --eval-interval.", {"training.eval_interval": 10}),
+    (
+        {"training.eval_interval": 5, "data.split": "1,0,0"},
+        "when --split has no share for validation",
+        {"data.split": "9,1,0"},
+    ),
+    ({"checkpoint.keep": 2}, "without a directory to save to", SAVE),
+    ({"checkpoint.async_save": False}, "--no-async-save (from the recipe)", SAVE),
+    ({"checkpoint.ckpt_step": 5}, "without a directory to load from", LOAD),
+    ({"checkpoint.finetune": True}, "without a directory to load from", LOAD),
+    ({"checkpoint.no_load_optim": True}, "--no-load-optim (from the recipe)", LOAD),
+    ({"checkpoint.exit_on_missing_checkpoint": True}, "without a directory to load from", LOAD),
+    (
+        {**LOAD, "checkpoint.no_load_optim": True, "checkpoint.finetune": True},
+        "with --finetune, which reads the weights only",
+        {"checkpoint.finetune": False},
+    ),
+]
+
+
+@pytest.mark.parametrize(("idle", "message", "makes_it_count"), CASES)
+def test_an_idle_option_is_refused_until_it_counts(
+    idle: dict[str, Any], message: str, makes_it_count: dict[str, Any]
+) -> None:
+    sparse({**idle, **makes_it_count})
+    with pytest.raises(ConfigError) as caught:
+        sparse(idle)
+    assert message in str(caught.value)
+
+
+def test_every_rule_is_tested_and_names_options_that_exist() -> None:
+    tested = {key for case in CASES for key in case[0]} | {f"moe.{name}" for name in MOE_VALUES}
+    assert {key for rule in RULES for key in rule.keys} <= tested & set(all_settings())
+
+
+def test_a_flag_is_refused_as_well_and_says_where_it_came_from() -> None:
+    with pytest.raises(ConfigError) as caught:
+        RunConfig.load([*DENSE_FLAGS, "--moe-router-type", "switch"])
+    assert str(caught.value) == f"--moe-router-type switch (from the flag) {DENSE_MODEL}"
+
+
+def test_defaults_and_switches_left_off_are_nobodys_demand() -> None:
+    assert dense().moe.router_topk == 2
+    dense({"moe.router_pre_softmax": False, "moe.expert_capacity_factor": None, "moe.router_options": {}})
+    dense({"checkpoint.async_save": True, "checkpoint.finetune": False})
+
+
+def test_a_saved_sparse_run_can_be_made_dense() -> None:
+    saved = sparse({"moe.aux_loss_coeff": 0.01}).to_dict()
+    saved["moe"]["num_experts"] = 0
+    config = RunConfig.from_dict(saved, origin="checkpoint")
+    assert config.moe.aux_loss_coeff == 0.01

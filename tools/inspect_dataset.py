@@ -1,0 +1,117 @@
+"""Shows what is in token files (.bin/.idx): counts, lengths, a document; --verify reads and checks every byte.
+
+Examples:
+    python tools/inspect_dataset.py data/corpus_text_document --verify
+    python tools/inspect_dataset.py data/corpus_text_document --document 3 --tokenizer-type ByteTokenizer
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from megatron_moe.config.errors import ConfigError, DataError, MegatronMoEError
+from megatron_moe.data.indexed_dataset import CHUNK, IndexedDataset
+from megatron_moe.data.tokenizer import TOKENIZER_TYPES, TokenizerFiles, open_tokenizer
+
+
+def summary(dataset: IndexedDataset) -> dict[str, Any]:
+    """Counts and lengths; reads the lengths in bounded pieces."""
+    pieces = [dataset.lengths[start : start + CHUNK] for start in range(0, len(dataset), CHUNK)]
+    return {
+        "prefix": dataset.prefix,
+        "dtype": dataset.dtype.name,
+        "documents": dataset.num_documents,
+        "sequences": dataset.num_sequences,
+        "tokens": dataset.num_tokens,
+        "shortest_sequence": min((int(piece.min()) for piece in pieces), default=0),
+        "longest_sequence": max((int(piece.max()) for piece in pieces), default=0),
+        "fingerprint": dataset.fingerprint(),
+    }
+
+
+def verify(dataset: IndexedDataset, *, vocab_size: int | None) -> dict[str, Any]:
+    """Checks the whole index and reads every token; DataError if one is outside the vocabulary."""
+    dataset.verify_index()
+    smallest, largest = 0, -1
+    for start in range(0, dataset.num_tokens, CHUNK):
+        piece = dataset.tokens(start, start + CHUNK)
+        smallest, largest = min(smallest, int(np.min(piece))), max(largest, int(np.max(piece)))
+        if smallest < 0 or (vocab_size is not None and largest >= vocab_size):
+            bad = smallest if smallest < 0 else largest
+            raise DataError(
+                f"{dataset.bin_path} holds token {bad} among the tokens from {start} on; expected 0 up to "
+                f"{'any' if vocab_size is None else vocab_size - 1}. Make the corpus again with the right tokenizer."
+            )
+    return {"verified": True, "largest_token": largest}
+
+
+def show_document(dataset: IndexedDataset, number: int, files: TokenizerFiles) -> dict[str, Any]:
+    """The tokens of a document, and its text if a tokenizer is named."""
+    if not 0 <= number < dataset.num_documents:
+        raise ConfigError(
+            f"--document {number} is outside 0..{dataset.num_documents - 1}, the documents of {dataset.prefix}."
+        )
+    sequences = [[int(token) for token in sequence] for sequence in dataset.document(number)]
+    shown: dict[str, Any] = {"document": number, "token_ids": sequences}
+    if files.kind is not None:
+        tokenizer = open_tokenizer(files)
+        shown["text"] = [tokenizer.decode(sequence) for sequence in sequences]
+    return shown
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("prefix", help="path without .bin/.idx")
+    parser.add_argument("--verify", action="store_true", help="check the whole index and read every token")
+    parser.add_argument("--document", type=int, metavar="N", help="show document N, from 0")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of lines")
+    parser.add_argument("--tokenizer-type", choices=list(TOKENIZER_TYPES), help="to show text and check ids")
+    parser.add_argument("--tokenizer-model", metavar="PATH")
+    parser.add_argument("--vocab-file", metavar="PATH")
+    parser.add_argument("--merge-file", metavar="PATH")
+    parser.add_argument("--vocab-size", type=int, metavar="N", help="ids that --verify allows; ids of NullTokenizer")
+    return parser
+
+
+def inspect(given: argparse.Namespace) -> dict[str, Any]:
+    """All that was asked for."""
+    files = TokenizerFiles(
+        given.tokenizer_type, given.tokenizer_model, given.vocab_file, given.merge_file, given.vocab_size
+    )
+    dataset = IndexedDataset(given.prefix)
+    found = summary(dataset)
+    if given.verify:
+        sizes = [size for size in (given.vocab_size, open_tokenizer(files).vocab_size if files.kind else None) if size]
+        found |= verify(dataset, vocab_size=min(sizes, default=None))
+    if given.document is not None:
+        found |= show_document(dataset, given.document, files)
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
+    given = build_parser().parse_args(argv)
+    try:
+        found = inspect(given)
+    except MegatronMoEError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    if given.json:
+        print(json.dumps(found))
+        return 0
+    for name, value in found.items():
+        print(f"{name:18} {value:,}" if type(value) is int else f"{name:18} {value}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
