@@ -14,12 +14,16 @@ from pathlib import Path
 from types import FrameType
 
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import elastic_launch
-from torch.distributed.run import config_from_args, parse_args
+from torch.distributed.run import parse_args, run
 
-FORWARDED = (signal.SIGTERM, signal.SIGUSR1)
-# what torchrun may catch for itself: a terminal's interrupt, which reaches the ranks anyway
-LEFT_TO_TORCHRUN = "SIGINT,SIGHUP,SIGQUIT"
+FORWARDED = (
+    signal.SIGTERM,
+    signal.SIGUSR1,
+    signal.SIGINT,
+)  # ranks have sessions of their own: no terminal reaches them
+LEFT_TO_TORCHRUN = "SIGHUP,SIGQUIT"
+PREEMPTED = 75
+PEER_DIED = 86
 
 
 def children(process: int) -> list[int]:
@@ -31,7 +35,10 @@ def children(process: int) -> list[int]:
 
 
 def _forward(number: int, frame: FrameType | None) -> None:
-    for child in children(os.getpid()):
+    ranks = children(os.getpid())
+    if not ranks:
+        raise SystemExit(PREEMPTED)  # nothing has started, nothing is lost
+    for child in ranks:
         try:
             os.kill(child, number)
         except ProcessLookupError:
@@ -43,16 +50,18 @@ def main(argv: Sequence[str]) -> int:
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = LEFT_TO_TORCHRUN
     for number in FORWARDED:
         signal.signal(number, _forward)
-    config, command, arguments = config_from_args(parse_args(list(argv)))
-    if hasattr(config, "signals_to_handle"):
-        config.signals_to_handle = LEFT_TO_TORCHRUN
+    arguments = parse_args(list(argv))
+    arguments.signals_to_handle = LEFT_TO_TORCHRUN
+    # one thread a process, as torchrun would set it, without its warning
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     try:
-        elastic_launch(config=config, entrypoint=command)(*arguments)
+        run(arguments)
     except ChildFailedError as error:
-        codes = [failure.exitcode for failure in error.failures.values()]
-        # ranks that a dying peer took along die of signals: what a rank itself said counts first
-        said = [code for code in codes if code > 0]
-        return said[0] if said else 128 - codes[0]
+        failures = sorted(error.failures.values(), key=lambda failure: failure.timestamp)
+        said = [failure.exitcode for failure in failures if failure.exitcode > 0]
+        # what the first rank said counts; a rank that only lost its peer, or died of a signal with it, is no cause
+        causes = [code for code in said if code != PEER_DIED] or said
+        return causes[0] if causes else 128 - failures[0].exitcode
     return 0
 
 

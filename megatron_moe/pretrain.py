@@ -1,4 +1,7 @@
-"""Train: read the run, join the ranks, go.    torchrun --nproc-per-node 4 -m megatron_moe.pretrain --config recipe.toml"""
+"""Train: read the run, join the ranks, go.
+
+    python -m megatron_moe.launch --nproc-per-node 4 -m megatron_moe.pretrain --config recipe.toml
+"""
 
 import logging
 import os

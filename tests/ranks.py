@@ -8,7 +8,7 @@ from megatron_moe.parallel.launch import fork_ranks
 
 
 def run_on_ranks(world_size: int, check: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """check(rank, world_size, *arguments) on every rank; returns the answers in rank order (plain values, no tensors)."""
+    """check(rank, world_size, *arguments) on every rank; returns the answers, plain values, in rank order."""
     with warnings.catch_warnings():
         # Python 3.12 warns of forking beside threads; the children use none of them
         warnings.simplefilter("ignore", DeprecationWarning)

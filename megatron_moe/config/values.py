@@ -105,8 +105,6 @@ def written(value: Any) -> str:
     """A value as a person writes it: none, true, 0.5, "text" quoted, a list in brackets."""
     if value is None:
         return "none"
-    if isinstance(value, tuple):
-        value = list(value)
     return json.dumps(value, default=str, ensure_ascii=False)
 
 

@@ -84,9 +84,7 @@ class Attention(nn.Module):
     Raises ValueError when the groups do not split over tp.
     """
 
-    def __init__(
-        self, index: int, shape: AttentionShape, tp: Axis, core: AttentionCore, *, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, index: int, shape: AttentionShape, tp: Axis, core: AttentionCore, *, dtype: torch.dtype) -> None:
         super().__init__()
         self.index = index
         self.shape = shape
@@ -95,7 +93,9 @@ class Attention(nn.Module):
         self.per_group = shape.num_heads // shape.num_groups
         groups, q, width, hidden = shape.num_groups, self.per_group, shape.head_dim, shape.hidden_size
         self.qkv = new_parameter(
-            ParamLayout((groups, q + 2, width, hidden), splits={0: "tp"}, init=Init(std=shape.init_std)), tp, dtype=dtype
+            ParamLayout((groups, q + 2, width, hidden), splits={0: "tp"}, init=Init(std=shape.init_std)),
+            tp,
+            dtype=dtype,
         )
         self.output = new_parameter(
             ParamLayout((hidden, groups, q, width), splits={1: "tp"}, init=Init(std=shape.output_std)), tp, dtype=dtype

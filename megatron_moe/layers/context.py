@@ -18,7 +18,7 @@ class KeyValueCache(Protocol):
 
 @dataclass(frozen=True)
 class SequenceView:
-    """The tokens of one stream of a microbatch: whole on every rank (they are a few integers), S sequence, B samples."""
+    """The tokens of one stream of a microbatch, S sequence, B samples: whole on every rank, a few integers."""
 
     tokens: Tensor  # (S, B) int64 vocabulary ids
     positions: Tensor  # (S, B) int64 for position embeddings; may restart in packed documents

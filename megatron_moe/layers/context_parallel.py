@@ -1,4 +1,4 @@
-"""How a sequence is cut over context-parallel ranks: the one function that loader, positions, attention and loss share."""
+"""How a sequence is cut over context-parallel ranks: the one function that positions, attention and loss share."""
 
 import torch
 from torch import Tensor

@@ -39,10 +39,14 @@ class _LookUp(Function):
         return None, None, None, None
 
 
-def vocabulary_weight(size: int, hidden_size: int, tp: Axis, *, std: float, tied: bool, dtype: torch.dtype) -> nn.Parameter:
-    """(V/tp, H). tied: the same logical tensor also stands at the other end of the pipeline, and gradients are summed."""
+def vocabulary_weight(
+    size: int, hidden_size: int, tp: Axis, *, std: float, tied: bool, dtype: torch.dtype
+) -> nn.Parameter:
+    """(V/tp, H). tied: the same logical tensor also stands at the pipeline's other end, and gradients are summed."""
     sums = ("embedding",) if tied else ()
-    return new_parameter(ParamLayout((size, hidden_size), splits={0: "tp"}, sum_over=sums, init=Init(std=std)), tp, dtype=dtype)
+    return new_parameter(
+        ParamLayout((size, hidden_size), splits={0: "tp"}, sum_over=sums, init=Init(std=std)), tp, dtype=dtype
+    )
 
 
 class VocabularyEmbedding(nn.Module):

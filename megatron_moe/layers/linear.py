@@ -62,7 +62,7 @@ def enter_parallel(hidden: Tensor, tp: Axis, rows: int, sequence_parallel: bool)
 
 
 def leave_parallel(partial: Tensor, tp: Axis, rows: int, sequence_parallel: bool) -> Tensor:
-    """The sum over tp of products split by rows: (S, B, H) -> (S/tp, B, H) under sequence parallelism, else (S, B, H)."""
+    """The sum over tp of products split by rows: (S/tp, B, H) under sequence parallelism, else (S, B, H)."""
     if sequence_parallel:
         return reduce_scatter(partial, tp, shares(rows, tp.size))
     return reduce_from(partial, tp)

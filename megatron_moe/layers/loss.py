@@ -33,8 +33,9 @@ class _VocabularyCrossEntropy(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         probabilities, ids, inside = ctx.saved_tensors
-        out = probabilities.scatter_add(-1, ids[..., None], -inside[..., None].to(probabilities.dtype))
-        return (out * grad[..., None]).to(ctx.dtype), None, None, None
+        out = probabilities * grad[..., None]
+        out.scatter_add_(-1, ids[..., None], -(grad * inside)[..., None])
+        return out.to(ctx.dtype), None, None, None
 
 
 def vocabulary_cross_entropy(logits: Tensor, labels: Tensor, vocab_size: int, tp: Axis) -> Tensor:

@@ -14,7 +14,15 @@ class MLP(nn.Module):
     """w1 (2, F, H): gate and up, or (1, F, H) without a gate; w2 (H, F)."""
 
     def __init__(
-        self, hidden_size: int, ffn_size: int, activation: str, tp: Axis, *, init_std: float, output_std: float, dtype: torch.dtype
+        self,
+        hidden_size: int,
+        ffn_size: int,
+        activation: str,
+        tp: Axis,
+        *,
+        init_std: float,
+        output_std: float,
+        dtype: torch.dtype,
     ) -> None:
         super().__init__()
         branches, self.activation = ACTIVATIONS[activation]
@@ -23,7 +31,9 @@ class MLP(nn.Module):
         self.w1 = new_parameter(
             ParamLayout((branches, ffn_size, hidden_size), splits={1: "tp"}, init=Init(std=init_std)), tp, dtype=dtype
         )
-        self.w2 = new_parameter(ParamLayout((hidden_size, ffn_size), splits={1: "tp"}, init=Init(std=output_std)), tp, dtype=dtype)
+        self.w2 = new_parameter(
+            ParamLayout((hidden_size, ffn_size), splits={1: "tp"}, init=Init(std=output_std)), tp, dtype=dtype
+        )
 
     def forward(self, hidden: Tensor, ctx: ForwardContext) -> Tensor:
         """(S/(cp·tp), B, H) under sequence parallelism, else (S/cp, B, H); the same shape back."""

@@ -20,7 +20,9 @@ class Norm(nn.Module):
         sums = ("tp",) if partial else ()
         self.kind = kind
         self.epsilon = epsilon
-        self.weight = new_parameter(ParamLayout((size,), sum_over=sums, decay=False, init=Init(constant=1.0)), dtype=dtype)
+        self.weight = new_parameter(
+            ParamLayout((size,), sum_over=sums, decay=False, init=Init(constant=1.0)), dtype=dtype
+        )
         if kind == "LayerNorm":
             self.bias = new_parameter(ParamLayout((size,), sum_over=sums, decay=False), dtype=dtype)
 

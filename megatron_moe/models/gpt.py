@@ -55,7 +55,9 @@ class GPTStage(nn.Module):
         self.layers = nn.ModuleDict({str(index): TransformerLayer(spec.layers[index], state) for index in layer_range})
         if last:
             partial = spec.sequence_parallel
-            self.final_norm = Norm(spec.hidden_size, spec.normalization, spec.norm_epsilon, partial=partial, dtype=spec.dtype)
+            self.final_norm = Norm(
+                spec.hidden_size, spec.normalization, spec.norm_epsilon, partial=partial, dtype=spec.dtype
+            )
             if not spec.tied:
                 self.output = VocabularyHead(
                     spec.padded_vocab_size, spec.hidden_size, state.tp, std=spec.init_std, dtype=spec.dtype

@@ -55,7 +55,9 @@ def _weight_gradient(total: Tensor, grad: Tensor, rows: Tensor, counts: list[int
 
 class _Grouped(Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: Tensor, out_features: int, counts: list[int], sink: Sink | None) -> Tensor:
+    def forward(
+        ctx: Any, rows: Tensor, weight: Tensor, out_features: int, counts: list[int], sink: Sink | None
+    ) -> Tensor:
         ctx.save_for_backward(rows, weight)
         ctx.out_features, ctx.counts, ctx.sink = out_features, counts, sink
         return product(rows, weight.view(weight.shape[0], out_features, -1), counts)
@@ -82,7 +84,9 @@ class _Grouped(Function):
         return grad_rows, None, None, None, None
 
 
-def grouped_linear(rows: Tensor, weight: Tensor, out_features: int, counts: list[int], sink: Sink | None = None) -> Tensor:
+def grouped_linear(
+    rows: Tensor, weight: Tensor, out_features: int, counts: list[int], sink: Sink | None = None
+) -> Tensor:
     """rows (R, K), sorted in runs of counts[e]; weight (e, ...) flattening to (e, O, K). Returns (R, O).
 
     With a sink the weight gradient is handed over instead of being returned to autograd.

@@ -26,7 +26,7 @@ def _take_or_zero(rows: Tensor, places: Tensor) -> Tensor:
 def _sum_to_tokens(rows: Tensor, token_ids: Tensor, num_tokens: int, choices: int) -> Tensor:
     """(N, H) -> (T, H): add the rows of each token; with `choices` the rows stand token by token, that many each."""
     if choices:
-        return rows.view(num_tokens, choices, -1).sum(dim=1)
+        return rows.view(num_tokens, choices, rows.shape[1]).sum(dim=1)
     return rows.new_zeros((num_tokens, rows.shape[1])).index_add_(0, token_ids, rows)
 
 
@@ -75,7 +75,7 @@ def combine(home: Tensor, weights: Tensor, token_ids: Tensor, num_tokens: int, c
     """Σ weight · answer over each token's assignments, summed wide: home (N, H), weights (N,) -> (T, H)."""
     weighted = home.to(weights.dtype) * weights[:, None]
     if choices:
-        total = weighted.view(num_tokens, choices, -1).sum(dim=1)
+        total = weighted.view(num_tokens, choices, weighted.shape[1]).sum(dim=1)
     else:
         total = weighted.new_zeros((num_tokens, home.shape[1])).index_add(0, token_ids, weighted)
     return total.to(home.dtype)

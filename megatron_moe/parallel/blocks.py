@@ -37,7 +37,9 @@ def module_blocks(modules: Iterable[nn.Module], state: ParallelState) -> list[Bl
             layout = layout_of(parameter)
             for piece in logical_pieces(name, layout, state):
                 found.append(
-                    Block(piece.name, piece.global_shape, piece.offset, piece.of(parameter.data), layout.is_primary(state))
+                    Block(
+                        piece.name, piece.global_shape, piece.offset, piece.of(parameter.data), layout.is_primary(state)
+                    )
                 )
     return found
 

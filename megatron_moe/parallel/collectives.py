@@ -124,34 +124,34 @@ class _Exchange(Function):
 
 def copy_to(tensor: Tensor, axis: Axis) -> Tensor:
     """Replicated -> replicated, used by products whose gradients are partial (Megatron's f)."""
-    return _Copy.apply(tensor, axis) if axis.size > 1 else tensor  # type: ignore[no-any-return]
+    return _Copy.apply(tensor, axis) if axis.size > 1 else tensor
 
 
 def reduce_from(tensor: Tensor, axis: Axis) -> Tensor:
     """Partial -> replicated (Megatron's g)."""
-    return _Reduce.apply(tensor, axis) if axis.size > 1 else tensor  # type: ignore[no-any-return]
+    return _Reduce.apply(tensor, axis) if axis.size > 1 else tensor
 
 
 def split_to(tensor: Tensor, axis: Axis) -> Tensor:
     """Replicated -> split."""
-    return _Split.apply(tensor, axis) if axis.size > 1 else tensor  # type: ignore[no-any-return]
+    return _Split.apply(tensor, axis) if axis.size > 1 else tensor
 
 
 def gather_from(tensor: Tensor, axis: Axis, total: int) -> Tensor:
     """Split -> replicated, consumed the same way on every rank."""
-    return _Gather.apply(tensor, axis, total) if axis.size > 1 else tensor  # type: ignore[no-any-return]
+    return _Gather.apply(tensor, axis, total) if axis.size > 1 else tensor
 
 
 def gather_for_partial(tensor: Tensor, axis: Axis, rows: Sequence[int]) -> Tensor:
     """Split -> whole, consumed differently on every rank, so gradients are partial and summed on the way back."""
-    return _GatherPartial.apply(tensor, axis, rows) if axis.size > 1 else tensor  # type: ignore[no-any-return]
+    return _GatherPartial.apply(tensor, axis, rows) if axis.size > 1 else tensor
 
 
 def reduce_scatter(tensor: Tensor, axis: Axis, rows: Sequence[int]) -> Tensor:
     """Partial -> split."""
-    return _ReduceScatter.apply(tensor, axis, rows) if axis.size > 1 else tensor  # type: ignore[no-any-return]
+    return _ReduceScatter.apply(tensor, axis, rows) if axis.size > 1 else tensor
 
 
 def exchange(tensor: Tensor, axis: Axis, send: Sequence[int], receive: Sequence[int]) -> Tensor:
     """send[r] rows to rank r of the axis, receive[r] rows from it."""
-    return _Exchange.apply(tensor, axis, send, receive) if axis.size > 1 else tensor  # type: ignore[no-any-return]
+    return _Exchange.apply(tensor, axis, send, receive) if axis.size > 1 else tensor

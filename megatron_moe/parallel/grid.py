@@ -29,14 +29,14 @@ class Grid:
         dense = self.tp * self.cp * self.pp
         if self.world_size % dense:
             raise ConfigError(
-                f"{self.world_size} ranks cannot be split over tensor {self.tp} x context {self.cp} x pipeline {self.pp}; "
-                f"use a multiple of {dense} ranks."
+                f"{self.world_size} ranks cannot be split over tensor {self.tp} x context {self.cp} x pipeline "
+                f"{self.pp}; use a multiple of {dense} ranks."
             )
         expert = self.ep * self.etp
         if self.stage_size % expert:
             raise ConfigError(
-                f"{self.stage_size} ranks of a pipeline stage cannot be split over --expert-model-parallel-size {self.ep} x "
-                f"--expert-tensor-parallel-size {self.etp}; use a product that divides {self.stage_size}."
+                f"{self.stage_size} ranks of a pipeline stage cannot be split over --expert-model-parallel-size "
+                f"{self.ep} x --expert-tensor-parallel-size {self.etp}; use a product that divides {self.stage_size}."
             )
 
     @property
@@ -68,7 +68,8 @@ class Grid:
 
     def axis_ranks(self, name: str, rank: int) -> tuple[int, ...]:
         """The ranks, in order, that share the axis `name` with `rank` (itself included)."""
-        return AXIS_RANKS[name](self, rank)
+        found: tuple[int, ...] = AXIS_RANKS[name](self, rank)
+        return found
 
     def _dense(self, rank: int, *free: str) -> tuple[int, ...]:
         mine = dict(zip(("pp", "dp", "cp", "tp"), self.dense_coordinates(rank), strict=True))

@@ -3,6 +3,7 @@
 import multiprocessing
 import multiprocessing.connection
 import os
+import re
 import tempfile
 import traceback
 from collections.abc import Callable, Mapping
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import FileStore, HashStore, PrefixStore, Store, TCPStore
 
 from megatron_moe.config.errors import ConfigError, PeerError
 
@@ -47,7 +49,9 @@ def find_place(environment: Mapping[str, str]) -> Place:
             continue
         if None in found:
             missing = names[found.index(None)]
-            raise ConfigError(f"{launcher} set {names[0]} but not {missing}; start the job through {launcher}, or unset {names[0]}.")
+            raise ConfigError(
+                f"{launcher} set {names[0]} but not {missing}; start the job through {launcher}, or unset {names[0]}."
+            )
         rank, world_size, local_rank = (int(value) for value in found if value is not None)
         return Place(rank, world_size, local_rank)
     return Place(0, 1, 0)
@@ -65,7 +69,9 @@ def pick_device(place: Place) -> torch.device:
     return torch.device("cuda", place.local_rank)
 
 
-def join(place: Place, device: torch.device, backend: str, timeout_minutes: float, environment: Mapping[str, str]) -> None:
+def join(
+    place: Place, device: torch.device, backend: str, timeout_minutes: float, environment: Mapping[str, str]
+) -> None:
     """Enter the world. `backend` "auto" is NCCL on GPUs and gloo on CPUs. A world of one also gets its group."""
     name = ("nccl" if device.type == "cuda" else "gloo") if backend == "auto" else backend
     timeout = timedelta(minutes=timeout_minutes)
@@ -76,28 +82,30 @@ def join(place: Place, device: torch.device, backend: str, timeout_minutes: floa
     )
 
 
-def _store(place: Place, environment: Mapping[str, str], timeout: timedelta) -> dist.Store:
+def _store(place: Place, environment: Mapping[str, str], timeout: timedelta) -> Store:
     if place.world_size == 1:
-        return dist.HashStore()
+        return HashStore()
     address = environment.get("MASTER_ADDR") or _first_host(environment)
     port = int(environment.get("MASTER_PORT") or _slurm_port(environment))
     # torchrun keeps a store of its own at this address; elsewhere rank 0 opens it
     agent_has_store = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store = dist.TCPStore(address, port, place.world_size, place.rank == 0 and not agent_has_store, timeout)
+    store = TCPStore(address, port, place.world_size, place.rank == 0 and not agent_has_store, timeout)
     # after a restart the old attempt's addresses are still in the store: each attempt reads and writes its own
     attempt = environment.get("TORCHELASTIC_RESTART_COUNT") or environment.get("SLURM_RESTART_COUNT") or "0"
-    return dist.PrefixStore(f"attempt{attempt}", store)
+    return PrefixStore(f"attempt{attempt}", store)
 
 
 def _first_host(environment: Mapping[str, str]) -> str:
     hosts = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_NODELIST") or ""
     if not hosts:
-        raise ConfigError("MASTER_ADDR is not set and SLURM names no hosts; start through torchrun or srun, or set MASTER_ADDR.")
-    if "[" not in hosts:
-        return hosts.split(",")[0]
-    # "gpu[003-008,012],login1" -> gpu003
-    stem, _, inner = hosts.partition("[")
-    return stem + inner.split("]")[0].split(",")[0].split("-")[0]
+        raise ConfigError(
+            "MASTER_ADDR is not set and SLURM names no hosts; start through torchrun or srun, or set MASTER_ADDR."
+        )
+    # "gpu[003-008,012],login1" -> gpu003;  "login1,gpu[003-008]" -> login1
+    first = re.match(r"([^,\[]+)(?:\[([^\],-]+))?", hosts)
+    if first is None:
+        raise ConfigError(f"SLURM's list of hosts {hosts!r} cannot be read; set MASTER_ADDR to the first host.")
+    return first[1] + (first[2] or "")
 
 
 def _slurm_port(environment: Mapping[str, str]) -> int:
@@ -124,7 +132,11 @@ def fork_ranks(world_size: int, work: Callable[..., Any], *arguments: Any, timeo
     with tempfile.TemporaryDirectory() as folder:
         pipes = [context.Pipe(duplex=False) for _ in range(world_size)]
         ranks = [
-            context.Process(target=_forked, args=(rank, world_size, Path(folder) / "store", pipes[rank][1], work, arguments), daemon=True)
+            context.Process(
+                target=_forked,
+                args=(rank, world_size, Path(folder) / "store", pipes[rank][1], work, arguments),
+                daemon=True,
+            )
             for rank in range(world_size)
         ]
         for process in ranks:
@@ -132,13 +144,15 @@ def fork_ranks(world_size: int, work: Callable[..., Any], *arguments: Any, timeo
         for _, sender in pipes:
             sender.close()
         try:
-            return _collect([receiver for receiver, _ in pipes], timeout_s)
+            results = _collect([receiver for receiver, _ in pipes], timeout_s)
+        except PeerError:
+            for process in ranks:
+                process.kill()
+            raise
         finally:
             for process in ranks:
-                process.join(timeout=5)
-                if process.is_alive():
-                    process.kill()
-                    process.join()
+                process.join()
+        return results
 
 
 def _collect(receivers: list[Connection], timeout_s: float) -> list[Any]:
@@ -159,12 +173,14 @@ def _collect(receivers: list[Connection], timeout_s: float) -> list[Any]:
     return results
 
 
-def _forked(rank: int, world_size: int, store: Path, sender: Connection, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _forked(
+    rank: int, world_size: int, store: Path, sender: Connection, work: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
     torch.set_num_threads(1)
     try:
         dist.init_process_group(
             "gloo",
-            store=dist.FileStore(str(store), world_size),
+            store=FileStore(str(store), world_size),
             rank=rank,
             world_size=world_size,
             timeout=timedelta(seconds=120),
@@ -174,5 +190,7 @@ def _forked(rank: int, world_size: int, store: Path, sender: Connection, work: C
         answer = (False, traceback.format_exc())
     sender.send(answer)
     sender.close()
-    # a peer may still be talking to this rank, and interpreter shutdown of a fork is slow
+    if answer[0]:
+        dist.barrier()  # a peer may still be connecting to this rank
+    # interpreter shutdown of a fork is slow
     os._exit(0)

@@ -43,7 +43,9 @@ class ParamLayout:
         shape = list(self.global_shape)
         for dim, name in self.splits.items():
             if shape[dim] % sizes[name]:
-                raise ValueError(f"dimension {dim} of {self.global_shape} does not split over {sizes[name]} ranks of {name}")
+                raise ValueError(
+                    f"dimension {dim} of {self.global_shape} does not split over {sizes[name]} ranks of {name}"
+                )
             shape[dim] //= sizes[name]
         return tuple(shape)
 
@@ -147,7 +149,8 @@ def _draw(random: KeyedRandom, keys: Tensor, cut: float | None) -> Tensor:
         return random.normal(keys)
     # inverse distribution function on the kept part of the bell: exact, no rejection
     edge = torch.special.ndtr(torch.tensor(-cut, dtype=torch.float64, device=keys.device))
-    return torch.special.ndtri(edge + (1.0 - 2.0 * edge) * random.uniform(keys))
+    drawn: Tensor = torch.special.ndtri(edge + (1.0 - 2.0 * edge) * random.uniform(keys))
+    return drawn
 
 
 def materialise(module: nn.Module, state: ParallelState, seed: int, device: torch.device) -> None:

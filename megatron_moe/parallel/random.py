@@ -57,11 +57,21 @@ class KeyedRandom:
     pass_index: int = 0  # THOR runs the same tokens twice, with other draws
 
     def at(
-        self, *, step: int | None = None, stream: str | None = None, layer: int | None = None, pass_index: int | None = None
+        self,
+        *,
+        step: int | None = None,
+        stream: str | None = None,
+        layer: int | None = None,
+        pass_index: int | None = None,
     ) -> "KeyedRandom":
         """The same stream elsewhere."""
-        given = {"step": step, "stream": stream, "layer": layer, "pass_index": pass_index}
-        return replace(self, **{name: value for name, value in given.items() if value is not None})
+        return replace(
+            self,
+            step=self.step if step is None else step,
+            stream=self.stream if stream is None else stream,
+            layer=self.layer if layer is None else layer,
+            pass_index=self.pass_index if pass_index is None else pass_index,
+        )
 
     def key(self) -> int:
         """64 bits that stand for this place."""
@@ -76,7 +86,8 @@ class KeyedRandom:
 
     def uniform(self, keys: Tensor) -> Tensor:
         """float64 in (0, 1), never 0 or 1, one for each key."""
-        return (_shift(self.bits(keys), 11).to(torch.float64) + 0.5) * 2.0**-53
+        # 52 bits and a half: the largest is still below 1 in float64
+        return (_shift(self.bits(keys), 12).to(torch.float64) + 0.5) * 2.0**-52
 
     def uniform_rows(self, keys: Tensor, columns: int) -> Tensor:
         """(len(keys), columns) float64 in (0, 1): `columns` draws for each key."""
@@ -85,4 +96,5 @@ class KeyedRandom:
 
     def normal(self, keys: Tensor) -> Tensor:
         """float64 standard normal, one for each key, by the inverse of the distribution function."""
-        return torch.special.erfinv(2.0 * self.uniform(keys) - 1.0) * math.sqrt(2.0)
+        drawn: Tensor = torch.special.erfinv(2.0 * self.uniform(keys) - 1.0) * math.sqrt(2.0)
+        return drawn

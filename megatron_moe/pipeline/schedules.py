@@ -99,7 +99,10 @@ def check_schedule(lists: list[list[Action]], num_stages: int, num_microbatches:
     """Raises ValueError unless every stage does everything once, in an order that never waits forever."""
     kinds = (Kind.FORWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT) if train else (Kind.FORWARD,)
     wanted = {
-        Action(kind, stage, number) for kind in kinds for stage in range(num_stages) for number in range(num_microbatches)
+        Action(kind, stage, number)
+        for kind in kinds
+        for stage in range(num_stages)
+        for number in range(num_microbatches)
     }
     done: set[Action] = set()
     position = [0] * len(lists)
@@ -107,7 +110,9 @@ def check_schedule(lists: list[list[Action]], num_stages: int, num_microbatches:
     while moved:
         moved = False
         for rank, actions in enumerate(lists):
-            while position[rank] < len(actions) and all(need in done for need in needs(actions[position[rank]], num_stages)):
+            while position[rank] < len(actions) and all(
+                need in done for need in needs(actions[position[rank]], num_stages)
+            ):
                 marks = _marks(actions[position[rank]])
                 if marks & done:
                     raise ValueError(f"rank {rank} does {actions[position[rank]]} twice")

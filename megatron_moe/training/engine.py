@@ -126,7 +126,7 @@ class Engine:
             return
         names = set.intersection(*(set(stats) for stats in layers.values()))
         model = {
-            name: sum(stats[name] for stats in layers.values())
+            name: torch.stack([stats[name] for stats in layers.values()]).sum(dim=0)
             for name in names
             if len({stats[name].shape for stats in layers.values()}) == 1
         }

@@ -1,6 +1,7 @@
-"""Model FLOPs of a token, counted as NVIDIA publishes them: forward and backward, no recomputation, half of causal scores."""
+"""Model FLOPs of a token as NVIDIA publishes them: forward and backward, no recomputation, half of causal scores."""
 
 from megatron_moe.config.run import RunConfig
+from megatron_moe.moe.routers.registry import find_router
 
 # bf16 dense peaks of the data sheets, by what the device's name contains; the first match counts
 PEAKS = {
@@ -31,9 +32,9 @@ def flops_per_token(config: RunConfig, vocab_size: int) -> float:
     scores = 2 * config.data.seq_length * query  # causal half of 4 s n_h d_h
     per_width = (6 if model.activation in ("swiglu", "geglu") else 4) * hidden
     dense = per_width * model.ffn_size
-    sparse = per_width * (
-        moe.router_topk * moe.expert_ffn_size(model.ffn_size) + (moe.shared_expert_intermediate_size or 0)
-    )
+    # the router's own number: Switch sends a token to one expert whatever --moe-router-topk says
+    choices = find_router(moe.router_type).choices(moe) if moe.num_experts else 0
+    sparse = per_width * (choices * moe.expert_ffn_size(model.ffn_size) + (moe.shared_expert_intermediate_size or 0))
     pattern = moe.moe_layers(model.num_layers)
     layers = sum(projections + scores + (sparse if is_sparse else dense) for is_sparse in pattern)
     return 3.0 * (layers + 2 * hidden * vocab_size)

@@ -82,7 +82,10 @@ class MetricsReducer:
         gathered = bytes(self.state.pp.comm.all_gather(bytes_, sizes).cpu().tolist())
         entries, elements, start = [], [], 0
         for size in sizes:
-            stage = [(int(layer), str(name), list(shape)) for layer, name, shape in json.loads(gathered[start : start + size])]
+            stage = [
+                (int(layer), str(name), list(shape))
+                for layer, name, shape in json.loads(gathered[start : start + size])
+            ]
             elements.append(sum(_elements(shape) for _, _, shape in stage))
             entries += stage
             start += size

@@ -34,7 +34,9 @@ def view_of(batch: Batch, state: ParallelState, device: torch.device) -> Sequenc
     )
 
 
-def count_batches(batches: Sequence[Batch], group_samples: int, state: ParallelState, device: torch.device) -> GlobalCounts:
+def count_batches(
+    batches: Sequence[Batch], group_samples: int, state: ParallelState, device: torch.device
+) -> GlobalCounts:
     """Counts over the global batch: each data-parallel rank brings its own microbatches."""
     loss_tokens = sum(float(batch.decoder.loss_mask.sum()) for batch in batches)
     tokens = sum(int((batch.decoder.segments >= 0).sum()) for batch in batches)
@@ -78,7 +80,7 @@ class StepProgram:
         train: bool,
     ) -> None:
         """random: at (seed, step)."""
-        self._stages = {state.pp.rank: stage for stage in stages}
+        self._stages = dict(enumerate(stages, start=state.pp.rank))
         self._batches = batches
         self._views = [view_of(batch, state, device) for batch in batches]
         self._counts = counts

@@ -44,8 +44,10 @@ class Trainer:
         self.tokenizer = build_tokenizer(config.data, config.model.vocab_size)
         self.vocab_size = config.model.vocab_size or self.tokenizer.vocab_size
         self.datasets = build_datasets(config, self.tokenizer)
+        self._fingerprints = {"tokenizer": self.tokenizer.fingerprint(), "train": self._dataset("train").fingerprint()}
         self.engine = Engine(config, state, device, self.vocab_size)
-        self.step = 0
+        self.step = 0  # finished
+        self.first_step = 0  # finished before this process
         self.writer = self._writer()
         self._flops = flops_per_token(config, self.vocab_size)
         self._peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
@@ -86,6 +88,7 @@ class Trainer:
     def run(self) -> int:
         """Train to the end, or until asked to stop; returns the exit code."""
         self.restore()
+        self.first_step = self.step
         num_steps = self.config.training.num_steps
         logger.info(formula_text())
         started = time.monotonic()
@@ -104,7 +107,9 @@ class Trainer:
         if self.writer is not None:
             self.writer.finish()
         if self.step < num_steps and signals.stopped:
-            logger.warning("stopped by a signal after step %d; the checkpoint is written, exit code %d", self.step, PREEMPTED)
+            logger.warning(
+                "stopped by a signal after step %d; the checkpoint is written, exit code %d", self.step, PREEMPTED
+            )
             return PREEMPTED
         return FINISHED
 
@@ -125,7 +130,8 @@ class Trainer:
         )
 
     def _log(self, result: StepResult, window: "_Window", sinks: Sinks) -> None:
-        if self.step % self.config.logging.log_interval and self.step != 1:
+        first = self.step == self.first_step + 1
+        if self.step % self.config.logging.log_interval and not first:
             return
         training = self.config.training
         record = StepRecord(
@@ -195,7 +201,7 @@ class Trainer:
                 {"model": module_blocks(self.engine.modules, self.state), "optim": self.engine.optimizer.blocks()},
                 self._state(),
                 self.config.to_json(),
-                self._fingerprints(),
+                self._fingerprints,
             )
 
     def _state(self) -> dict[str, Any]:
@@ -204,10 +210,8 @@ class Trainer:
             "optimizer": self.engine.optimizer.state_dict(),
             "loader": self.loader.state_dict(),
             "seed": self.config.training.seed,
+            "vocab_size": self.vocab_size,
         }
-
-    def _fingerprints(self) -> dict[str, Any]:
-        return {"tokenizer": self.tokenizer.fingerprint(), "train": self._dataset("train").fingerprint()}
 
     def restore(self) -> None:
         """Go on from the newest valid checkpoint, if one was asked for and is there."""
@@ -215,7 +219,9 @@ class Trainer:
         if wanted.load_directory is None:
             return
         try:
-            reader = find_checkpoint(Path(wanted.load_directory), wanted.ckpt_step, self.state.world, device=self.device)
+            reader = find_checkpoint(
+                Path(wanted.load_directory), wanted.ckpt_step, self.state.world, device=self.device
+            )
         except NoCheckpointError:
             if wanted.exit_on_missing_checkpoint or wanted.ckpt_step is not None:
                 raise
@@ -236,11 +242,12 @@ class Trainer:
         logger.info("resuming after step %d (%d samples) from %s", self.step, consumed, wanted.load_directory)
 
     def _check_fingerprints(self, saved: dict[str, Any]) -> None:
-        changed = [name for name, value in self._fingerprints().items() if saved.get(name, value) != value]
+        changed = [name for name, value in self._fingerprints.items() if saved.get(name, value) != value]
         if changed:
             raise CheckpointError(
-                f"{self.config.checkpoint.load_directory}: the run was started with another {' and another '.join(changed)} "
-                f"than this command names; give it the same, or start a new run from its weights with --finetune."
+                f"{self.config.checkpoint.load_directory}: the run was started with another "
+                f"{' and another '.join(changed)} than this command names; give it the same, or start a new run from "
+                f"its weights with --finetune."
             )
 
 

@@ -1,5 +1,7 @@
 """Places at the experts, against a loop that serves one assignment after another."""
 
+import math
+from collections.abc import Callable
 from fractions import Fraction
 
 import pytest
@@ -14,7 +16,7 @@ from megatron_moe.config.moe import MoEConfig
 from megatron_moe.moe.capacity import exact, expert_places, limit_is_causal, make_limit, sorted_order
 from megatron_moe.moe.plan import RoutingPlan, TokenInfo, plan_from_choices
 
-ROUNDING = {"ceil": lambda x: -(-x // 1), "floor": lambda x: x // 1, "round": round}
+ROUNDING: dict[str, Callable[[Fraction], int]] = {"ceil": math.ceil, "floor": math.floor, "round": round}
 
 
 def places(tokens: int, share: Fraction, rounding: str = "ceil", at_least: int = 0) -> int:

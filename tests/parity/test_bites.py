@@ -6,7 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from parity.tiny_runs import TOLERANCE, Outcome, RankOutcome, alone, outcome_of, tiny_config, train_tiny, worst_difference
+from parity.tiny_runs import (
+    TOLERANCE,
+    Outcome,
+    RankOutcome,
+    alone,
+    outcome_of,
+    tiny_config,
+    train_tiny,
+    worst_difference,
+)
 from ranks import run_on_ranks
 
 from megatron_moe.layers import norm

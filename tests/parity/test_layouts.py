@@ -93,9 +93,7 @@ def _config(model: str, options: Tables, micro_batch: int, dispatcher: str = "au
 @pytest.fixture(scope="module")
 def wanted() -> dict[str, Outcome]:
     """Each model on one process, by microbatches of its routing group."""
-    return {
-        name: alone(_config(name, {}, moe.get("routing_group_samples", 1))) for name, (moe, _) in MODELS.items()
-    }
+    return {name: alone(_config(name, {}, moe.get("routing_group_samples", 1))) for name, (moe, _) in MODELS.items()}
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8])

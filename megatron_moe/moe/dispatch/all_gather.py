@@ -21,7 +21,7 @@ class _WayHome:
 
 
 class AllGatherDispatcher(Dispatcher):
-    """Gathers tokens and assignments over etp and ep, keeps those of the local experts, sums answers on the way back."""
+    """Gathers tokens and assignments over etp and ep, keeps the local experts', sums answers on the way back."""
 
     def dispatch(self, tokens: Tensor, plan: RoutingPlan) -> ExpertBatch:
         device = tokens.device

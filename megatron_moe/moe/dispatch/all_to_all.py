@@ -39,7 +39,9 @@ class AllToAllDispatcher(Dispatcher):
         grouping = runs.repeat_interleave(arriving.reshape(-1)).argsort(stable=True).to(tokens.device)
         everyone = torch.arange(rows.shape[0], device=tokens.device)
         rows = permute(rows, everyone, grouping, 1)
-        return ExpertBatch(rows, arriving.sum(dim=(0, 1)).tolist(), _WayHome(plan, order, send, receive, parts, grouping))
+        return ExpertBatch(
+            rows, arriving.sum(dim=(0, 1)).tolist(), _WayHome(plan, order, send, receive, parts, grouping)
+        )
 
     def _arriving(self, counts: list[int], device: torch.device) -> Tensor:
         """(etp, ep, e) on the host: rows for each local expert from each rank of ep, for each rank of etp."""

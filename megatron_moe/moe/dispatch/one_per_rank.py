@@ -1,4 +1,4 @@
-"""A token travels once to each rank that holds any of its experts, and its answers are summed there before the way back.
+"""A token travels once to each rank that holds any of its experts; its answers are summed there before the way back.
 
 What SAM (arXiv:2110.07431) and small memory blocks want: the bytes on the wire do not grow with k inside a rank.
 """

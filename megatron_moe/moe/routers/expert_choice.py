@@ -67,7 +67,7 @@ class ExpertChoiceRouter(Router):
         dtype: torch.dtype,
         init_std: float,
     ) -> None:
-        super().__init__(config, hidden_size, options, group_axis, dtype)
+        super().__init__(config, hidden_size, options, group_axis, dtype, init_std)
         if options.capacity > config.num_experts:
             raise ConfigError(
                 f"--moe-router-options capacity={options.capacity:g} asks for more experts per token than "

@@ -60,7 +60,7 @@ class GShardRouter(Router):
         dtype: torch.dtype,
         init_std: float,
     ) -> None:
-        super().__init__(config, hidden_size, options, group_axis, dtype)
+        super().__init__(config, hidden_size, options, group_axis, dtype, init_std)
         self.weight = self.new_weight((config.num_experts, hidden_size), init_std)
 
     @classmethod

@@ -31,9 +31,7 @@ ROUTERS: dict[str, type[Router]] = {
 }
 
 
-def build_router(
-    config: MoEConfig, hidden_size: int, group_axis: Axis, dtype: torch.dtype, init_std: float
-) -> Router:
+def build_router(config: MoEConfig, hidden_size: int, group_axis: Axis, dtype: torch.dtype, init_std: float) -> Router:
     """The router that the configuration names, its parameters on meta.
 
     group_axis: the ranks that share routing groups (tp_cp).   dtype: wide.   init_std: deviation of first weights.
@@ -42,8 +40,7 @@ def build_router(
     router = find_router(config.router_type)
     _refuse_unused(router, config)
     options = parse_options(router, config)
-    # a router's own signature: Router.__init__ and the deviation of its first weights
-    return router(config, hidden_size, options, group_axis, dtype, init_std)  # type: ignore[call-arg]
+    return router(config, hidden_size, options, group_axis, dtype, init_std)
 
 
 def find_router(router_type: str) -> type[Router]:

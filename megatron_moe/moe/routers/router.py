@@ -1,4 +1,4 @@
-"""The interface of a router: it knows tokens and scores, no experts, no buffers, other ranks only through group_axis."""
+"""The interface of a router: it knows tokens and scores, no experts, and other ranks only through group_axis."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -34,14 +34,20 @@ class Router(nn.Module, ABC):
     def choices(cls, config: MoEConfig) -> int:
         """Assignments of one token, which a capacity that includes k counts."""
 
-    def __init__(self, config: MoEConfig, hidden_size: int, options: Any, group_axis: Axis, dtype: torch.dtype) -> None:
-        """dtype is wide (float32 in training, float64 in parity tests): router arithmetic never narrows."""
+    def __init__(
+        self, config: MoEConfig, hidden_size: int, options: Any, group_axis: Axis, dtype: torch.dtype, init_std: float
+    ) -> None:
+        """dtype: wide (float32 in training, float64 in parity tests), for router arithmetic never narrows.
+
+        init_std: deviation of the model's first weights, which a router may use for its own.
+        """
         super().__init__()
         self.config = config
         self.hidden_size = hidden_size
         self.options = options
         self.group_axis = group_axis
         self.dtype = dtype
+        self.init_std = init_std
 
     def new_weight(self, shape: tuple[int, ...], std: float) -> nn.Parameter:
         """A replicated parameter of normal(0, std), on meta until materialised."""
@@ -52,8 +58,8 @@ class Router(nn.Module, ABC):
     def forward(self, tokens: Tensor, info: TokenInfo) -> RoutingPlan:
         """tokens: (T, H) in the model's dtype, this rank's rows only."""
 
-    def before_step(self, progress: float) -> None:  # noqa: B027 - a rule without a schedule needs none
+    def before_step(self, progress: float) -> None:
         """0..1 of training: anneal k, noise, temperature."""
 
-    def after_step(self, own: dict[str, Tensor], model: dict[str, Tensor]) -> None:  # noqa: B027
+    def after_step(self, own: dict[str, Tensor], model: dict[str, Tensor]) -> None:
         """Summed statistics of this layer, and of all MoE layers, after the optimizer's update."""

@@ -58,7 +58,7 @@ class STMoERouter(Router):
         dtype: torch.dtype,
         init_std: float,
     ) -> None:
-        super().__init__(config, hidden_size, options, group_axis, dtype)
+        super().__init__(config, hidden_size, options, group_axis, dtype, init_std)
         if config.router_topk == 1:
             raise ConfigError(
                 "--moe-router-topk 1 with st_moe leaves every weight at 1, and the router without a gradient; "

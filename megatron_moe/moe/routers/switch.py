@@ -52,7 +52,7 @@ class SwitchRouter(Router):
         dtype: torch.dtype,
         init_std: float,
     ) -> None:
-        super().__init__(config, hidden_size, options, group_axis, dtype)
+        super().__init__(config, hidden_size, options, group_axis, dtype, init_std)
         self.weight = self.new_weight((config.num_experts, hidden_size), init_std)
 
     @classmethod
@@ -64,8 +64,7 @@ class SwitchRouter(Router):
         """tokens: (T, H)."""
         hidden = tokens.to(self.dtype)
         if info.train and self.options.jitter_eps:
-            draws = info.random.at(stream="jitter").uniform_rows(info.global_keys, self.hidden_size)
-            hidden = hidden * (1.0 + self.options.jitter_eps * (2.0 * draws - 1.0)).to(self.dtype)
+            hidden = hidden * (1.0 + self.options.jitter_eps * self._noise(info))
         logits = hidden @ self.weight.to(self.dtype).T
         scores = logits.softmax(dim=1)
         expert_ids = best_experts(logits, 1)
@@ -85,3 +84,11 @@ class SwitchRouter(Router):
             ),
             stats=router_stats(scores, info),
         )
+
+    def _noise(self, info: TokenInfo) -> Tensor:
+        """(T, H) uniform in (-1, 1), in steps of 2^-15: four features share the 64 bits of one draw."""
+        random = info.random.at(stream="jitter")
+        words = torch.arange(-(-self.hidden_size // 4), device=info.global_keys.device)
+        draws = random.bits(random.bits(info.global_keys)[:, None] + words)
+        quarters = draws.view(torch.int16)[:, : self.hidden_size]
+        return (quarters.to(self.dtype) + 0.5) * 2.0**-15

@@ -64,7 +64,7 @@ class TopKRouter(Router):
         dtype: torch.dtype,
         init_std: float,
     ) -> None:
-        super().__init__(config, hidden_size, options, group_axis, dtype)
+        super().__init__(config, hidden_size, options, group_axis, dtype, init_std)
         if options.renormalise is False and not config.router_pre_softmax:
             raise ConfigError(
                 "--moe-router-options renormalise=false: a softmax over the chosen experts always sums to 1; "

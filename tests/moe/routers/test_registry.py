@@ -220,7 +220,7 @@ class RoundRobin(Router):
     is_causal = True
 
     def __init__(self, config, hidden_size, options, group_axis, dtype, init_std):
-        super().__init__(config, hidden_size, options, group_axis, dtype)
+        super().__init__(config, hidden_size, options, group_axis, dtype, init_std)
         self.scale = self.new_weight((hidden_size,), init_std)
 
     @classmethod

@@ -30,7 +30,8 @@ def route(config: MoEConfig, logits: list[list[float]], info: TokenInfo) -> Rout
     router = make_router(config, 4)
     with torch.no_grad():
         router.get_parameter("weight").copy_(torch.eye(4))
-    return router(torch.tensor(logits, dtype=torch.float64), info)
+    plan: RoutingPlan = router(torch.tensor(logits, dtype=torch.float64), info)
+    return plan
 
 
 def used(config: MoEConfig, *, train: bool = True, repeats: int = 1) -> Tensor:

@@ -58,7 +58,10 @@ def test_jitter_multiplies_each_feature_of_each_token_within_its_bounds() -> Non
     assert ((factors > 0.9) & (factors < 1.1)).all()
     assert factors.mean().item() == pytest.approx(1.0, abs=5e-3)
     assert factors.std().item() == pytest.approx(0.1 / 3**0.5, rel=0.05)
-    assert factors.unique().numel() == factors.numel()
+    # no two tokens and no two features share their draws
+    assert factors.unique().numel() > 0.95 * factors.numel()
+    correlation = torch.corrcoef(torch.cat([factors, factors.T[:, :40]])) - torch.eye(100)
+    assert correlation.abs().max() < 0.7
     torch.testing.assert_close(jittered(0.1), factors)
     assert not torch.allclose(jittered(0.1, info_seed=2), factors, atol=1e-3)
     assert not torch.allclose(jittered(0.1, layer=4), factors, atol=1e-3)

@@ -1,0 +1,1 @@
+"""Weights to disk as rectangles, in any split."""

@@ -1,0 +1,165 @@
+"""The first rank's work: put all ranks' tables together, refuse what does not fit, write the manifest, rename."""
+
+import os
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from megatron_moe.checkpoint.manifest import MANIFEST, Manifest, StoredSlice, StoredTensor
+from megatron_moe.checkpoint.reshard import Rectangle, first_hole, overlapping_pair
+from megatron_moe.checkpoint.storage import Storage, write_file
+from megatron_moe.checkpoint.write import HeldSlice, RankTable
+from megatron_moe.config.errors import CheckpointError, StorageError
+
+_EXPERT = re.compile(r"(.+\.experts)\.([0-9]+)\.(.+)")
+
+# (rank, slice)
+Held = tuple[int, HeldSlice]
+
+
+def assemble(tables: Sequence[RankTable], run_id: str, step: int, code_version: str) -> Manifest:
+    """The manifest of what the ranks wrote.
+
+    Raises StorageError if a rank's disk failed; CheckpointError if a tensor has a hole or an overlap, if ranks disagree
+    about its shape, or if replicas differ.
+    """
+    for storage, error in ((False, CheckpointError), (True, StorageError)):
+        told = enumerate(tables)
+        failed = [f"rank {rank}: {table.problem}" for rank, table in told if table.problem and table.storage == storage]
+        if failed:
+            raise error(_listing(failed, limit=3))
+    held: dict[str, dict[str, list[Held]]] = defaultdict(lambda: defaultdict(list))
+    for rank, table in enumerate(tables):
+        for piece in table.slices:
+            held[piece.part][piece.name].append((rank, piece))
+    problems: list[str] = []
+    parts = {
+        part: {name: _tensor(f"{part} tensor '{name}'", tensors[name], problems) for name in sorted(tensors)}
+        for part, tensors in sorted(held.items())
+    }
+    if problems:
+        raise CheckpointError(_listing(problems, limit=10))
+    return Manifest(
+        run_id=run_id,
+        step=step,
+        code_version=code_version,
+        layout={"world_size": len(tables)},
+        totals=_totals(parts),
+        files={name: file for table in tables for name, file in table.files.items()},
+        parts=parts,
+    )
+
+
+def _listing(problems: Sequence[str], limit: int) -> str:
+    more = f"\n... and {len(problems) - limit} more" if len(problems) > limit else ""
+    return "\n".join(problems[:limit]) + more
+
+
+def _tensor(what: str, held: Sequence[Held], problems: list[str]) -> StoredTensor:
+    rank, first = held[0]
+    for other, piece in held:
+        if (piece.dtype, piece.global_shape) != (first.dtype, first.global_shape):
+            problems.append(
+                f"{what} is {first.dtype} {list(first.global_shape)} on rank {rank}, "
+                f"but {piece.dtype} {list(piece.global_shape)} on rank {other}"
+            )
+            return StoredTensor(first.dtype, first.global_shape, ())
+    written = [(other, piece) for other, piece in held if piece.primary and piece.length]
+    problem = _tiling_problem(what, first.global_shape, written) or _replica_problem(what, held, written)
+    if problem:
+        problems.append(problem)
+    slices = (StoredSlice(piece.file, piece.start, piece.length, piece.rectangle, piece.xxh3) for _, piece in written)
+    return StoredTensor(first.dtype, first.global_shape, tuple(sorted(slices, key=lambda part: part.rectangle.offset)))
+
+
+def _tiling_problem(what: str, shape: tuple[int, ...], written: Sequence[Held]) -> str:
+    rectangles = [piece.rectangle for _, piece in written]
+    pair = overlapping_pair(rectangles)
+    if pair:
+        (one, first), (two, second) = written[pair[0]], written[pair[1]]
+        return f"{what}: {first.rectangle} of rank {one} and {second.rectangle} of rank {two} would both be written"
+    hole = first_hole(shape, rectangles) if sum(r.volume for r in rectangles) != Rectangle.whole(shape).volume else None
+    return f"{what} of shape {list(shape)}: no rank writes {hole}" if hole else ""
+
+
+def _replica_problem(what: str, held: Sequence[Held], written: Sequence[Held]) -> str:
+    primary = {piece.rectangle: (rank, piece) for rank, piece in written}
+    differing: dict[Rectangle, list[int]] = defaultdict(list)
+    for rank, piece in held:
+        if piece.primary or not piece.rectangle.volume:
+            continue
+        if piece.rectangle not in primary:
+            return f"{what}: rank {rank} holds a replica of {piece.rectangle}, which no rank writes as such"
+        if piece.xxh3 != primary[piece.rectangle][1].xxh3:
+            differing[piece.rectangle].append(rank)
+    for rectangle, ranks in differing.items():
+        agreeing = [rank for rank, piece in held if piece.rectangle == rectangle and rank not in ranks]
+        return (
+            f"{what} {rectangle} should be the same on all its holders, but ranks {ranks} differ from ranks "
+            f"{agreeing}: replicas have drifted apart (a missing gradient sum, or a faulty device)"
+        )
+    return ""
+
+
+def _totals(parts: dict[str, dict[str, StoredTensor]]) -> dict[str, Any]:
+    tensors = [tensor for found in parts.values() for tensor in found.values()]
+    return {
+        "tensors": len(tensors),
+        "elements": sum(tensor.num_elements for tensor in tensors),
+        "bytes": sum(part.length for tensor in tensors for part in tensor.slices),
+        "experts": {
+            part: {name: fingerprint(tensor) for name, tensor in found.items() if _EXPERT.fullmatch(name)}
+            for part, found in parts.items()
+        },
+    }
+
+
+def fingerprint(tensor: StoredTensor) -> str:
+    """One hash for a tensor, comparable between tensors that are cut the same way."""
+    text = "".join(f"{part.rectangle}{part.xxh3}" for part in tensor.slices)
+    return xxhash.xxh3_128_hexdigest(f"{tensor.dtype}{tensor.shape}{text}".encode())
+
+
+def twin_experts(fingerprints: dict[str, str]) -> list[tuple[str, str]]:
+    """Experts of one layer that hold the same numbers: (name, first of the same), as after a wrong gather."""
+    seen: dict[tuple[str, str, str], str] = {}
+    twins = []
+    for name, digest in fingerprints.items():
+        match = _EXPERT.fullmatch(name)
+        if match:
+            first = seen.setdefault((match[1], match[3], digest), name)
+            if first != name:
+                twins.append((name, first))
+    return twins
+
+
+def check_sizes(manifest: Manifest, folder: Path) -> None:
+    """What the ranks wrote must be here, whole: StorageError when storage lost bytes, or is not shared by all nodes."""
+    for name, file in manifest.files.items():
+        try:
+            size = os.lstat(folder / name).st_size
+        except FileNotFoundError:
+            raise StorageError(
+                f"{folder / name} was written by its rank but is not seen by the first rank: "
+                f"the checkpoint folder must be on storage that all nodes share"
+            ) from None
+        if size != file.size:
+            raise StorageError(f"{folder / name} has {size:,} bytes on storage, but {file.size:,} were written")
+
+
+def commit(storage: Storage, manifest: Manifest, folder: Path, final: Path) -> None:
+    """Write the manifest, then make the folder visible under its final name; anything of that name is put aside.
+
+    Each step is on the disk before the next begins. Raises OSError, StorageError.
+    """
+    check_sizes(manifest, folder)
+    write_file(storage, folder / MANIFEST, memoryview(manifest.to_text().encode()))
+    storage.sync_dir(folder)
+    if os.path.lexists(final):
+        storage.rename(final, folder.with_name(folder.name + "-replaced"))
+    storage.rename(folder, final)
+    storage.sync_dir(final.parent)

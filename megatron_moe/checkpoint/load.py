@@ -1,0 +1,198 @@
+"""Loading: all ranks agree on the newest whole checkpoint, then each reads the rectangles that it needs."""
+
+import json
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_moe.checkpoint.fill import fill_blocks
+from megatron_moe.checkpoint.manifest import Manifest, StoredTensor, parse_manifest
+from megatron_moe.checkpoint.messages import gather_to_all, raise_together, told_by_first
+from megatron_moe.checkpoint.rotate import step_folder, stored_steps
+from megatron_moe.checkpoint.tensor_file import DTYPES
+from megatron_moe.checkpoint.verify import Check, Papers, check_share, look
+from megatron_moe.config.errors import CheckpointError, NoCheckpointError
+from megatron_moe.parallel.blocks import Block
+from megatron_moe.parallel.state import Axis
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Examined:
+    """A checkpoint that is whole; the same on all ranks."""
+
+    folder: Path
+    manifest: Manifest
+    papers: Papers
+
+
+def examine(folder: Path, step: int, world: Axis, device: torch.device, check: Check) -> Examined | str:
+    """The checkpoint in a folder, or why it cannot be used. Collective: the same answer on all ranks.
+
+    The first rank reads the small files and tells their text; hashing is shared out over the ranks.
+    """
+    told: dict[str, Any] = {}
+    if world.is_first:
+        try:
+            told = {"papers": asdict(look(folder, step)[1])}
+        except (CheckpointError, ValueError) as error:
+            told = {"problem": str(error)}
+    told = json.loads(told_by_first(json.dumps(told), world, device))
+    if "problem" in told:
+        return str(told["problem"])
+    papers = Papers(**told["papers"])
+    manifest = parse_manifest(papers.manifest.encode())
+    problems = gather_to_all(check_share(folder, manifest, world.rank, world.size, check), world, device)
+    found = [text for text in problems if text]
+    return "; ".join(found[:3]) if found else Examined(folder, manifest, papers)
+
+
+def find_checkpoint(
+    root: Path,
+    step: int | None,
+    world: Axis,
+    *,
+    strict: bool = False,
+    check: Check = "xxh3",
+    device: torch.device | None = None,
+) -> "CheckpointReader":
+    """The newest checkpoint that is whole, or that of `step`. Collective.
+
+    Broken ones are passed over, with one message that says why. strict, or a step: CheckpointError instead.
+    Raises NoCheckpointError when there is none.
+    """
+    place = device or torch.device("cpu")
+    steps: list[int] = json.loads(told_by_first(json.dumps(stored_steps(root)) if world.is_first else "", world, place))
+    wanted = steps if step is None else [found for found in steps if found == step]
+    broken: list[str] = []
+    for candidate in wanted:
+        found = examine(step_folder(root, candidate), candidate, world, place, check)
+        if isinstance(found, Examined):
+            if broken and world.is_first:
+                why = "\n".join(broken)
+                logger.warning("Going on from step %d in %s; newer checkpoints are broken:\n%s", candidate, root, why)
+            return CheckpointReader(found, world, place)
+        broken.append(f"  step {candidate}: {found}")
+        if strict or step is not None:
+            raise CheckpointError(
+                f"The checkpoint of step {candidate} in {root} is broken and no other may be used:\n{broken[0]}\n"
+                f"Name another step, or let older ones be used."
+            )
+    raise NoCheckpointError(_nothing(root, step, steps, broken))
+
+
+def _nothing(root: Path, step: int | None, steps: Sequence[int], broken: Sequence[str]) -> str:
+    if broken:
+        return f"No checkpoint in {root} is whole:\n" + "\n".join(broken[:10])
+    if step is not None and steps:
+        return f"There is no checkpoint of step {step} in {root}; there are: {', '.join(map(str, steps[:10]))}."
+    return f"There is no checkpoint in {root} (folders step_XXXXXXXX with a MANIFEST.json); check the path."
+
+
+class CheckpointReader:
+    """A whole checkpoint. tensors[part][name] has the dtype (safetensors' name), shape and slices of each tensor."""
+
+    def __init__(self, found: Examined, world: Axis, device: torch.device) -> None:
+        self.folder = found.folder
+        self.manifest = found.manifest
+        self.step = found.manifest.step
+        self.run_id = found.manifest.run_id
+        self.state: dict[str, Any] = json.loads(found.papers.texts["state.json"])
+        self.config_json = found.papers.texts["config.json"]
+        self.data: dict[str, Any] = json.loads(found.papers.texts["data.json"])
+        self._world = world
+        self._device = device
+
+    @property
+    def tensors(self) -> dict[str, dict[str, StoredTensor]]:
+        return self.manifest.parts
+
+    def names(self, part: str) -> list[str]:
+        """Logical tensors of a part; empty when it was not saved."""
+        return list(self.tensors.get(part, {}))
+
+    def fill(self, blocks: Sequence[Block], part: str = "model", *, cast: bool = False) -> None:
+        """Fill each block in place, whatever the split it was saved in. Collective over the world.
+
+        cast: convert between floating-point types where they differ. Raises CheckpointError on all ranks if a tensor is
+        missing, has another shape or type, or cannot be read.
+        """
+        stored = self.tensors.get(part, {})
+        misfit = _Misfit.between(blocks, stored, cast)
+        misfits = gather_to_all(json.dumps(asdict(misfit)) if misfit.any() else "", self._world, self._device)
+        if any(misfits):
+            unused = self.unused((block.name for block in blocks), part)
+            found = [_Misfit(**json.loads(text)) for text in misfits if text]
+            raise CheckpointError(self._explain(part, found, unused))
+        problem = ""
+        try:
+            fill_blocks(self.folder, self.manifest, stored, blocks)
+        except CheckpointError as error:
+            problem = str(error)
+        raise_together(problem, self._world, self._device)
+
+    def unused(self, names: Iterable[str], part: str = "model") -> list[str]:
+        """Stored tensors that no rank names. Collective."""
+        mine = sorted(set(names) & set(self.names(part)))
+        told = gather_to_all(json.dumps(mine), self._world, self._device)
+        wanted = {name for text in told for name in json.loads(text)}
+        return [name for name in self.names(part) if name not in wanted]
+
+    def logical(self, name: str, part: str = "model") -> Tensor:
+        """One whole tensor on the CPU, read now; not collective. CheckpointError if it is not there."""
+        stored = self.tensors.get(part, {})
+        if name not in stored:
+            raise CheckpointError(f"step {self.step} in {self.folder.parent} has no {part} tensor '{name}'")
+        whole = torch.empty(stored[name].shape, dtype=DTYPES[stored[name].dtype])
+        block = Block(name, stored[name].shape, (0,) * whole.dim(), whole, primary=True)
+        fill_blocks(self.folder, self.manifest, stored, [block])
+        return whole
+
+    def _explain(self, part: str, misfits: Sequence["_Misfit"], unused: Sequence[str]) -> str:
+        sections = [f"{self.folder} does not fit this model ({part}):"]
+        for title, found in (
+            ("not in the checkpoint", [name for misfit in misfits for name in misfit.missing]),
+            ("of another shape", [text for misfit in misfits for text in misfit.shapes]),
+            ("of another type", [text for misfit in misfits for text in misfit.dtypes]),
+            ("in the checkpoint only", unused),
+        ):
+            distinct = sorted(set(found))
+            if distinct:
+                more = f", and {len(distinct) - 10} more" if len(distinct) > 10 else ""
+                sections.append(f"  {len(distinct)} {title}: {', '.join(distinct[:10])}{more}")
+        sections.append("Give the model the options in this checkpoint's config.json, or load another checkpoint.")
+        return "\n".join(sections)
+
+
+@dataclass(frozen=True)
+class _Misfit:
+    """How what is asked for differs from what is stored."""
+
+    missing: list[str]
+    shapes: list[str]
+    dtypes: list[str]
+
+    @classmethod
+    def between(cls, blocks: Sequence[Block], stored: dict[str, StoredTensor], cast: bool) -> "_Misfit":
+        found = cls([], [], [])
+        for block in blocks:
+            tensor = stored.get(block.name)
+            if tensor is None:
+                found.missing.append(block.name)
+            elif tensor.shape != tuple(block.global_shape):
+                found.shapes.append(f"{block.name} (stored {list(tensor.shape)}, needed {list(block.global_shape)})")
+            elif DTYPES[tensor.dtype] != block.tensor.dtype:
+                floats = DTYPES[tensor.dtype].is_floating_point and block.tensor.dtype.is_floating_point
+                if not (cast and floats):
+                    way_out = "; pass cast=True to convert" if floats else ""
+                    found.dtypes.append(f"{block.name} (stored {tensor.dtype}, needed {block.tensor.dtype}{way_out})")
+        return found
+
+    def any(self) -> bool:
+        return bool(self.missing or self.shapes or self.dtypes)

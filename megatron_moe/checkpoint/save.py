@@ -1,0 +1,272 @@
+"""Saving: a snapshot now, the writing beside the training, and the commit at a step boundary, on all ranks together.
+
+save()              first rank makes step_XXXXXXXX.tmp-<run>-<attempt>; every rank copies its blocks to host memory
+(a thread)          every rank writes and syncs its files
+commit_if_ready()   tables go to the first rank, which checks them, writes MANIFEST.json and renames the folder
+"""
+
+import importlib.metadata
+import json
+import logging
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_moe.checkpoint.commit import assemble, commit, twin_experts
+from megatron_moe.checkpoint.load import examine
+from megatron_moe.checkpoint.manifest import PART_NAME, RUN_ID
+from megatron_moe.checkpoint.messages import all_ready, gather_to_first, told_by_first
+from megatron_moe.checkpoint.rotate import Rotation, discard, point_latest, step_folder, sweep
+from megatron_moe.checkpoint.snapshot import take_snapshot
+from megatron_moe.checkpoint.storage import Storage, describe_failure, make_dirs
+from megatron_moe.checkpoint.write import RankTable, Share, write_share
+from megatron_moe.config.errors import CheckpointError, ConfigError, MegatronMoEError, StorageError
+from megatron_moe.parallel.blocks import Block
+from megatron_moe.parallel.state import Axis
+
+logger = logging.getLogger(__name__)
+
+
+class _Job:
+    """Work beside this thread, or at once when told so."""
+
+    def __init__(self, work: Callable[[], None], background: bool) -> None:
+        self._thread = threading.Thread(target=work, name="checkpoint", daemon=True) if background else None
+        if self._thread:
+            self._thread.start()
+        else:
+            work()
+
+    def ready(self) -> bool:
+        return self._thread is None or not self._thread.is_alive()
+
+    def wait(self) -> None:
+        if self._thread:
+            self._thread.join()
+
+
+@dataclass
+class _InFlight:
+    """A save that is not committed yet."""
+
+    step: int
+    folder: Path
+    job: _Job | None = None
+    table: RankTable | None = None
+
+
+class CheckpointWriter:
+    """Writes checkpoints of one run; all ranks of `world` make the same calls in the same order.
+
+    A full or failing disk is logged and kept in `last_error` (StorageError), and training may go on: the last good
+    checkpoint is untouched. Tensors with holes or overlaps, and replicas that differ, raise CheckpointError, on all
+    ranks.
+    background: write in a thread; otherwise save() returns when the checkpoint is committed.
+    device: where the world's communicator wants its tensors.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        world: Axis,
+        keep: int | None,
+        run_id: str,
+        storage: Storage | None = None,
+        background: bool = True,
+        device: torch.device | None = None,
+    ) -> None:
+        if keep is not None and keep < 1:
+            raise ConfigError(f"keep={keep} checkpoints cannot be: use 1 or more, or leave it out to keep all")
+        if not RUN_ID.fullmatch(run_id):
+            raise ConfigError(f"run id {run_id[:80]!r} must be 1 to 64 letters, digits, '-' or '_', the first no sign")
+        self._root = root
+        self._world = world
+        self._run_id = run_id
+        self._storage = storage or Storage()
+        self._background = background
+        self._device = device or torch.device("cpu")
+        self._rotation = Rotation(self._storage, root, keep)
+        self._attempt = 0
+        self._in_flight: _InFlight | None = None
+        self._sweeper: _Job | None = None
+        self.last_error: MegatronMoEError | None = None
+        self.last_step: int | None = None
+        if world.is_first:
+            sweep(self._storage, root)
+
+    def save(
+        self,
+        step: int,
+        parts: Mapping[str, Sequence[Block]],
+        state: Mapping[str, Any],
+        config_json: str,
+        data: Mapping[str, Any],
+    ) -> None:
+        """Begin to save this step; the blocks may change as soon as it returns. Collective.
+
+        parts: "model", "optim", ... each becomes a file for each rank. state and data: what json can hold, the same on
+        all ranks. Waits for a save that is still in flight. A step that is already there, valid, is left alone.
+        """
+        wrong = [part for part in parts if not PART_NAME.fullmatch(part)]
+        if wrong or step < 0:
+            raise ValueError(f"cannot save step {step} with parts {list(parts)}")
+        # every rank makes them: what json refuses, it refuses on all ranks alike
+        texts = {
+            "state.json": json.dumps(state, indent=1).encode(),
+            "config.json": config_json.encode(),
+            "data.json": json.dumps(data, indent=1).encode(),
+        }
+        self.commit_if_ready(block=True)
+        self._wait_for_sweeper()
+        folder = self._begin(step)
+        if folder is None:
+            return
+        flight = self._in_flight = _InFlight(step, folder)
+        metadata = {"run_id": self._run_id, "step": str(step), "rank": str(self._world.rank)}
+        try:
+            snapshot = take_snapshot(parts)
+        except CheckpointError as error:
+            flight.table = RankTable(problem=str(error))
+        except (MemoryError, RuntimeError) as error:
+            flight.table = RankTable(problem=f"no copy in host memory: {error or 'out of memory'}", storage=True)
+        else:
+            share = Share(folder, self._world.rank, snapshot, texts if self._world.is_first else {}, metadata)
+
+            def write() -> None:
+                flight.table = write_share(self._storage, share)
+
+            flight.job = _Job(write, self._background)
+        if not self._background:
+            self.commit_if_ready(block=True)
+
+    def commit_if_ready(self, block: bool = False) -> int | None:
+        """Make the save in flight final once all ranks have written; returns its step then. Collective.
+
+        block: wait for it. Call this at every step boundary; without a save in flight it costs nothing.
+        """
+        flight = self._in_flight
+        if flight is None:
+            return None
+        if block:
+            if flight.job:
+                flight.job.wait()
+        elif not all_ready(flight.job is None or flight.job.ready(), self._world, self._device):
+            return None
+        self._in_flight = None
+        table = flight.table or RankTable(problem="the writing thread died")
+        tables = gather_to_first(table.to_text(), self._world, self._device)
+        answer = self._commit(flight, tables) if self._world.is_first else {}
+        return self._conclude(flight, json.loads(told_by_first(json.dumps(answer), self._world, self._device)))
+
+    def finish(self) -> None:
+        """Commit what is in flight and end all background work. Collective."""
+        try:
+            self.commit_if_ready(block=True)
+        finally:
+            self._wait_for_sweeper()
+
+    def _wait_for_sweeper(self) -> None:
+        if self._sweeper:
+            self._sweeper.wait()
+            self._sweeper = None
+
+    def _begin(self, step: int) -> Path | None:
+        """The new folder on all ranks; None when there is nothing to write, or nowhere to."""
+        final = step_folder(self._root, step)
+        there = told_by_first("there" if os.path.lexists(final) else "", self._world, self._device)
+        if there and self._is_saved(step):
+            return None
+        mine = self._new_folder(step) if self._world.is_first else {}
+        answer: dict[str, str] = json.loads(told_by_first(json.dumps(mine), self._world, self._device))
+        if "problem" in answer:
+            self._fail(StorageError(f"step {step} was not saved: {answer['problem']}"))
+            return None
+        return self._root / answer["name"]
+
+    def _is_saved(self, step: int) -> bool:
+        found = examine(step_folder(self._root, step), step, self._world, self._device, "xxh3")
+        if isinstance(found, str):
+            self._log(logging.WARNING, "step %d was saved before, but broken, and is replaced: %s", step, found)
+            return False
+        whose = "this run" if found.manifest.run_id == self._run_id else f"run {found.manifest.run_id}"
+        self._log(logging.WARNING, "step %d in %s, by %s, is valid already; left as it is", step, self._root, whose)
+        return True
+
+    def _new_folder(self, step: int) -> dict[str, str]:
+        folder = self._root
+        try:
+            make_dirs(self._storage, self._root)
+            while True:
+                self._attempt += 1
+                folder = self._root / f"{step_folder(self._root, step).name}.tmp-{self._run_id}-{self._attempt}"
+                if not os.path.lexists(folder):
+                    break
+            self._storage.make_dir(folder)
+            return {"name": folder.name}
+        except OSError as error:
+            return {"problem": describe_failure(error, folder, 0)}
+
+    def _commit(self, flight: _InFlight, texts: Sequence[str]) -> dict[str, str]:
+        """What became of it, to be told to all ranks; never raises an Exception, for the others wait."""
+        try:
+            tables = [RankTable.from_text(text) for text in texts]
+            manifest = assemble(tables, self._run_id, flight.step, _code_version())
+            commit(self._storage, manifest, flight.folder, step_folder(self._root, flight.step))
+        except OSError as error:
+            return {"storage": describe_failure(error, flight.folder, 0)}
+        except StorageError as error:
+            return {"storage": str(error)}
+        except Exception as error:
+            return {"check": str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"}
+        for twin, first in twin_experts(manifest.totals["experts"].get("model", {}))[:5]:
+            logger.warning("step %d: experts %s and %s hold the same numbers", flight.step, first, twin)
+        return {}
+
+    def _conclude(self, flight: _InFlight, answer: dict[str, str]) -> int | None:
+        self._clean_up(flight, committed=not answer)
+        if not answer:
+            self.last_error, self.last_step = None, flight.step
+            self._log(logging.INFO, "saved step %d in %s", flight.step, self._root)
+            return flight.step
+        told = f"step {flight.step} was not saved: {answer.get('storage') or answer.get('check')}"
+        if "check" in answer:
+            self.last_error = CheckpointError(told)
+            raise self.last_error
+        self._fail(StorageError(told))
+        return None
+
+    def _clean_up(self, flight: _InFlight, committed: bool) -> None:
+        """On the first rank: link, rotation, removal of what failed or was replaced. Slow on large folders: beside."""
+        if not self._world.is_first:
+            return
+
+        def work() -> None:
+            if committed:
+                point_latest(self._storage, self._root, flight.step, self._run_id)
+                self._rotation.remove_old(flight.step)
+            # a full disk stays full if what failed stays
+            discard(self._storage, flight.folder)
+            discard(self._storage, flight.folder.with_name(flight.folder.name + "-replaced"))
+
+        self._sweeper = _Job(work, self._background)
+
+    def _fail(self, error: StorageError) -> None:
+        self.last_error = error
+        kept = "none in this run yet" if self.last_step is None else f"step {self.last_step}"
+        self._log(logging.ERROR, "%s\nLast good checkpoint: %s. Free some room, or save elsewhere.", error, kept)
+
+    def _log(self, level: int, message: str, *values: object) -> None:
+        if self._world.is_first:
+            logger.log(level, message, *values)
+
+
+def _code_version() -> str:
+    try:
+        return importlib.metadata.version("megatron_moe")
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

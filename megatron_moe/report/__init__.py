@@ -1,0 +1,1 @@
+"""What a run did, in pictures and beside simple models."""

@@ -1,0 +1,69 @@
+"""What never runs: pickled objects, strings in a shell, code from a model repository."""
+
+import ast
+
+from tests.house.sources import Finding
+
+PICKLERS = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+SHELL_CALLS = {"os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput"}
+
+
+def keyword(call: ast.Call, name: str) -> ast.expr | None:
+    return next((item.value for item in call.keywords if item.arg == name), None)
+
+
+def is_constant(value: ast.expr | None, expected: object) -> bool:
+    return isinstance(value, ast.Constant) and value.value is expected
+
+
+def calls(source: str) -> list[ast.Call]:
+    return [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+
+
+def pickles(source: str) -> list[Finding]:
+    """No pickle by any name: loading one runs what it says. torch.load only with weights_only=True."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Import | ast.ImportFrom):
+            continue
+        from_module = node.module if isinstance(node, ast.ImportFrom) else None
+        names = [from_module] if from_module else [alias.name for alias in node.names]
+        found += [Finding(node.lineno, f"import of {name}") for name in names if name.split(".")[0] in PICKLERS]
+    for call in calls(source):
+        called = ast.unparse(call.func)
+        if called == "torch.load" and not is_constant(keyword(call, "weights_only"), True):
+            found.append(Finding(call.lineno, "torch.load without weights_only=True"))
+        if called == "torch.save":
+            found.append(Finding(call.lineno, "torch.save writes a pickle; weights are safetensors"))
+        allow = keyword(call, "allow_pickle")
+        if allow is not None and not is_constant(allow, False):
+            found.append(Finding(call.lineno, f"{called} with allow_pickle"))
+        if called.endswith(("read_pickle", "to_pickle")):
+            found.append(Finding(call.lineno, called))
+    return found
+
+
+def shells(source: str) -> list[Finding]:
+    """Commands are lists of arguments: a name with a space or a semicolon stays one argument."""
+    found = []
+    for call in calls(source):
+        called = ast.unparse(call.func)
+        shell = keyword(call, "shell")
+        if shell is not None and not is_constant(shell, False):
+            found.append(Finding(call.lineno, f"{called} with shell={ast.unparse(shell)}"))
+        if called in SHELL_CALLS:
+            found.append(Finding(call.lineno, called))
+    return found
+
+
+def remote_code(source: str) -> list[Finding]:
+    """Code that came with a model or in a string is not run."""
+    found = []
+    for call in calls(source):
+        called = ast.unparse(call.func)
+        trust = keyword(call, "trust_remote_code")
+        if trust is not None and not is_constant(trust, False):
+            found.append(Finding(call.lineno, f"{called} with trust_remote_code={ast.unparse(trust)}"))
+        if called in {"eval", "exec"}:
+            found.append(Finding(call.lineno, f"{called}()"))
+    return found

@@ -1,0 +1,97 @@
+"""Gloo ranks, and ranks that only keep a record."""
+
+import pytest
+import torch
+from ranks import run_on_ranks
+
+from megatron_moe.parallel.communicator import Identity, Recording, Tally
+from megatron_moe.parallel.grid import Grid
+from megatron_moe.parallel.state import ParallelState
+
+
+def recording(size: int = 4, rank: int = 1) -> tuple[Recording, Tally]:
+    tally = Tally()
+    return Recording(size, rank, tally), tally
+
+
+def meta(*shape: int) -> torch.Tensor:
+    return torch.empty(*shape, dtype=torch.float32, device="meta")
+
+
+def test_a_record_of_an_all_reduce_is_twice_the_tensor_less_the_own_part() -> None:
+    comm, tally = recording()
+    assert comm.all_reduce_(meta(8, 2)).shape == (8, 2)
+    # ring: 3 steps of a quarter of 64 bytes, twice
+    assert tally.calls == {"all_reduce": 1} and tally.sent_bytes == {"all_reduce": 96}
+
+
+def test_a_record_of_a_gather() -> None:
+    comm, tally = recording()
+    assert comm.all_gather(meta(2, 5), [2, 2, 2, 2]).shape == (8, 5)
+    assert tally.sent_bytes == {"all_gather": 3 * 40}  # the own 40 bytes to three others
+    assert comm.all_gather(meta(0, 5), [2, 0, 1, 1]).shape == (4, 5)
+    assert tally.calls == {"all_gather": 2}
+
+
+def test_a_record_of_a_scatter_and_an_exchange_leaves_out_what_stays() -> None:
+    comm, tally = recording()
+    assert comm.reduce_scatter(meta(6, 5), [3, 2, 1, 0]).shape == (2, 5)
+    assert tally.sent_bytes["reduce_scatter"] == 4 * 20  # four of six rows belong to others
+    assert comm.all_to_all(meta(6, 5), [1, 2, 3, 0], [0, 2, 4, 1]).shape == (7, 5)
+    assert tally.sent_bytes["all_to_all"] == 4 * 20
+    assert comm.all_to_all(meta(0, 5), [0] * 4, [0] * 4).shape == (0, 5)
+
+
+def test_a_record_of_the_rest() -> None:
+    comm, tally = recording()
+    tensor = meta(3)
+    comm.broadcast_(tensor, 0)
+    comm.broadcast_(tensor, 1)
+    comm.send(tensor, 2).wait()
+    comm.receive_(tensor, 0).wait()
+    comm.barrier()
+    assert tally.calls == {"broadcast": 2, "send": 1, "receive": 1, "barrier": 1}
+    assert tally.sent_bytes == {"broadcast": 12, "send": 12, "receive": 0, "barrier": 0}
+    assert tensor.is_meta
+
+
+def test_alone_everything_is_as_it_was() -> None:
+    comm, tensor = Identity(), torch.arange(6.0).view(3, 2)
+    assert comm.all_reduce_(tensor) is tensor
+    assert comm.all_gather(tensor, [3]) is tensor
+    assert comm.reduce_scatter(tensor, [3]) is tensor
+    assert comm.all_to_all(tensor, [3], [3]) is tensor
+    assert comm.broadcast_(tensor, 0) is tensor
+
+
+def talk(rank: int, world_size: int) -> None:
+    # an axis that is not the world: its ranks are 0 and 2, or 1 and 3
+    state = ParallelState.distributed(Grid(world_size, pp=2))
+    axis, partner = state.pp, 1 - state.pp.rank
+    mine = torch.tensor([float(rank), -float(rank)])
+    assert axis.comm.all_reduce_(mine.clone(), "max").tolist() == [max(axis.ranks), -min(axis.ranks)]
+    assert axis.comm.all_reduce_(mine.clone(), "min").tolist() == [min(axis.ranks), -max(axis.ranks)]
+    for source in (0, 1):
+        assert axis.comm.broadcast_(mine.clone(), source)[0] == axis.ranks[source]
+    received = torch.empty(3, 2)
+    # every second number: not contiguous
+    sending = axis.comm.send(torch.arange(12.0).view(3, 4)[:, ::2] + rank, partner)
+    axis.comm.receive_(received, partner).wait()
+    sending.wait()
+    assert torch.equal(received, torch.arange(12.0).view(3, 4)[:, ::2] + axis.ranks[partner])
+    axis.comm.barrier()
+
+
+def test_ranks_of_an_axis_talk_by_their_place_on_it() -> None:
+    run_on_ranks(4, talk)
+
+
+@pytest.mark.parametrize("rank", range(3))
+def test_what_all_ranks_record_adds_up(rank: int) -> None:
+    """Every row that is sent arrives: over all ranks, an exchange sends what its ranks receive from others."""
+    counts = [[1, 2, 3], [0, 4, 1], [2, 2, 0]]
+    comm, tally = recording(3, rank)
+    receive = [row[rank] for row in counts]
+    found = comm.all_to_all(meta(sum(counts[rank]), 1), counts[rank], receive)
+    assert found.shape == (sum(receive), 1)
+    assert tally.sent_bytes["all_to_all"] == 4 * (sum(counts[rank]) - counts[rank][rank])

@@ -1,0 +1,78 @@
+"""Converts checkpoints to and from Hugging Face's Mixtral, OLMoE and Qwen3-MoE, one tensor in memory at a time.
+
+Examples:
+    python tools/convert_checkpoint.py export --load runs/quickstart/checkpoint --output runs/quickstart/hf
+    python tools/convert_checkpoint.py export --load ckpt --step 12000 --output hf --model-type qwen3_moe --dtype bf16
+    python tools/convert_checkpoint.py import --hf-folder OLMoE-1B-7B-0924 --save ckpt-olmoe
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_moe.config.errors import MegatronMoEError
+from megatron_moe.convert.export import ExportOptions, export_checkpoint
+from megatron_moe.convert.hf_writer import parse_size
+from megatron_moe.convert.import_ import import_folder
+from megatron_moe.convert.registry import AUTO, FAMILIES
+from megatron_moe.convert.tensors import PROJECT_DTYPES
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    directions = parser.add_subparsers(dest="direction", required=True)
+    out = directions.add_parser(
+        "export", help="a checkpoint of this project as a Hugging Face folder", allow_abbrev=False
+    )
+    out.add_argument(
+        "--load", type=Path, required=True, metavar="DIR", help="checkpoint directory (with step_ folders)"
+    )
+    out.add_argument("--step", type=int, metavar="N", help="default: the newest valid checkpoint")
+    out.add_argument("--output", type=Path, required=True, metavar="HF_DIR", help="a folder that does not exist yet")
+    out.add_argument(
+        "--model-type", default=AUTO, choices=[AUTO, *FAMILIES], help="auto: the first that can express it"
+    )
+    out.add_argument("--dtype", choices=list(PROJECT_DTYPES), help="default: as trained")
+    out.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of one weight file; default 5GB")
+    tokenizer = out.add_mutually_exclusive_group()
+    tokenizer.add_argument("--tokenizer-model", metavar="PATH", help="where the tokenizer is now, if it has moved")
+    tokenizer.add_argument("--no-tokenizer", action="store_true", help="write no tokenizer files")
+    back = directions.add_parser("import", help="a Hugging Face folder as a checkpoint at step 0", allow_abbrev=False)
+    back.add_argument("--hf-folder", type=Path, required=True, metavar="DIR", help="the folder that holds config.json")
+    back.add_argument(
+        "--save", type=Path, required=True, metavar="DIR", help="checkpoint directory to write step 0 into"
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code; every error is one paragraph."""
+    arguments = build_parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        if arguments.direction == "import":
+            import_folder(arguments.hf_folder, arguments.save)
+            return 0
+        options = ExportOptions(
+            model_type=arguments.model_type,
+            dtype=arguments.dtype,
+            max_shard_bytes=parse_size(arguments.max_shard_size),
+            tokenizer_model=arguments.tokenizer_model,
+            with_tokenizer=not arguments.no_tokenizer,
+        )
+        export_checkpoint(arguments.load, arguments.output, step=arguments.step, options=options)
+    except MegatronMoEError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
