@@ -1,7 +1,4 @@
-"""Train: read the run, join the ranks, go.
-
-    python -m megatron_moe.launch --nproc-per-node 4 -m megatron_moe.pretrain --config recipe.toml
-"""
+"""Train: read the run, join the ranks, go.    torchrun --nproc-per-node 4 -m megatron_moe.pretrain --config run.toml"""
 
 import logging
 import os
@@ -9,63 +6,84 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_moe.config.errors import MegatronMoEError
+import torch
+
+from megatron_moe.config.errors import ConfigError, MegatronMoEError, PeerError
 from megatron_moe.config.run import RunConfig
 from megatron_moe.config.world import check_world
 from megatron_moe.parallel.launch import Place, find_place, join, leave, pick_device
+from megatron_moe.parallel.peers import as_peer_error
 from megatron_moe.parallel.state import ParallelState
 from megatron_moe.training.console import setup_logging
 from megatron_moe.training.engine import grid_of
+from megatron_moe.training.together import together
 from megatron_moe.training.trainer import Trainer
 from megatron_moe.training.validate import validate
 
 logger = logging.getLogger(__name__)
 
+INTERRUPTED = 130  # as shells say it of Ctrl-C
+
 
 def main(argv: Sequence[str]) -> int:
     """Runs one rank; returns its exit code (0 finished, 75 preempted, and those of config/errors.py)."""
-    place = find_place(os.environ)
     try:
+        place = find_place(os.environ)
         config = RunConfig.load(argv)
         check_world(config, place.world_size)
         notes = validate(config)
     except MegatronMoEError as error:
-        return _tell(error, place)
-    log_dir = Path(config.logging.log_dir) if config.logging.log_dir else None
-    setup_logging(place.rank, log_dir)
-    if place.rank == 0:
-        _describe(config, log_dir)
-    for note in notes:
-        logger.warning(note)
+        # the ranks have not met: each machine may see something else
+        return _tell(error, speaks=os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0")
     try:
-        return _train(config, place)
+        device = pick_device(place)
+    except ConfigError as error:
+        return _tell(error, speaks=True)
+    try:
+        return _train(config, place, device, notes)
+    except PeerError as error:
+        return _tell(error, speaks=True)
     except MegatronMoEError as error:
-        return _tell(error, place)
+        return _tell(error, speaks=place.rank == 0)
+    except RuntimeError as error:
+        lost = as_peer_error(error, place.rank)
+        if lost is None:
+            raise
+        return _tell(lost, speaks=True)
+    except KeyboardInterrupt:
+        print(f"megatron_moe: rank {place.rank} was interrupted; what was saved is kept.", file=sys.stderr, flush=True)
+        return INTERRUPTED
     finally:
         leave()
 
 
-def _train(config: RunConfig, place: Place) -> int:
-    device = pick_device(place)
+def _train(config: RunConfig, place: Place, device: torch.device, notes: Sequence[str]) -> int:
     parallel = config.parallel
     if place.world_size == 1:
         state = ParallelState.alone()
     else:
         join(place, device, parallel.distributed_backend, parallel.distributed_timeout_minutes, os.environ)
         state = ParallelState.distributed(grid_of(config, place.world_size))
+    log_dir = Path(config.logging.log_dir) if config.logging.log_dir else None
+    with together(state.world, device):
+        setup_logging(place.rank, log_dir)
+        if place.rank == 0:
+            _describe(config, log_dir, notes)
     return Trainer(config, state, device).run()
 
 
-def _describe(config: RunConfig, log_dir: Path | None) -> None:
+def _describe(config: RunConfig, log_dir: Path | None, notes: Sequence[str]) -> None:
     """The resolved configuration, on the console and beside the log."""
     logger.info("configuration (value, and who set it):\n%s", config.explain())
     if log_dir is not None:
         (log_dir / "config.json").write_text(config.to_json())
+    for note in notes:
+        logger.warning(note)
 
 
-def _tell(error: MegatronMoEError, place: Place) -> int:
-    """One paragraph, from one rank: the others found the same."""
-    if place.rank == 0:
+def _tell(error: MegatronMoEError, speaks: bool) -> int:
+    """One paragraph on stderr, from a rank that speaks for those that found the same."""
+    if speaks:
         print(f"megatron_moe: {error}", file=sys.stderr, flush=True)
     return error.exit_code
 

@@ -9,10 +9,13 @@ from typing import Any
 import torch
 import xxhash
 
-from megatron_moe.checkpoint.load import find_checkpoint
+from megatron_moe.checkpoint.load import CheckpointReader, find_checkpoint
+from megatron_moe.checkpoint.rotate import stored_steps
 from megatron_moe.checkpoint.save import CheckpointWriter
-from megatron_moe.config.errors import CheckpointError, ConfigError, NoCheckpointError
+from megatron_moe.config.errors import ConfigError, DataError, NoCheckpointError, NonFiniteError, StorageError
+from megatron_moe.config.optional import require
 from megatron_moe.config.run import RunConfig
+from megatron_moe.data.batch import Batch
 from megatron_moe.data.build import build_datasets
 from megatron_moe.data.gpt_dataset import Dataset
 from megatron_moe.data.loader import Loader
@@ -25,8 +28,10 @@ from megatron_moe.training.engine import Engine, StepResult
 from megatron_moe.training.flops import flops_per_token, formula_text, peak_flops
 from megatron_moe.training.gpu_monitor import GpuMonitor
 from megatron_moe.training.metrics import summarise_routing
+from megatron_moe.training.resume import check_same_data, check_same_run
 from megatron_moe.training.signals import StopSignals
 from megatron_moe.training.sinks import Sinks
+from megatron_moe.training.together import together
 
 logger = logging.getLogger(__name__)
 
@@ -41,13 +46,19 @@ class Trainer:
         self.config = config
         self.state = state
         self.device = device
-        self.tokenizer = build_tokenizer(config.data, config.model.vocab_size)
-        self.vocab_size = config.model.vocab_size or self.tokenizer.vocab_size
-        self.datasets = build_datasets(config, self.tokenizer)
-        self._fingerprints = {"tokenizer": self.tokenizer.fingerprint(), "train": self._dataset("train").fingerprint()}
+        with together(state.world, device):
+            self.tokenizer = build_tokenizer(config.data, config.model.vocab_size)
+            self.vocab_size = config.model.vocab_size or self.tokenizer.vocab_size
+            self.datasets = build_datasets(config, self.tokenizer)
+            self._fingerprints = {
+                "tokenizer": self.tokenizer.fingerprint(),
+                "training corpus": self._dataset("train").fingerprint(),
+            }
+            self._check_early()
         self.engine = Engine(config, state, device, self.vocab_size)
         self.step = 0  # finished
         self.first_step = 0  # finished before this process
+        self._last_good: str | None = None  # checkpoint, for messages
         self.writer = self._writer()
         self._flops = flops_per_token(config, self.vocab_size)
         self._peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
@@ -61,6 +72,13 @@ class Trainer:
         if found is None:
             raise ConfigError(f"--split {self.config.data.split} leaves no sample for {split}; give it a larger share.")
         return found
+
+    def _check_early(self) -> None:
+        """What would otherwise stop the run in the middle, or on the first rank alone."""
+        if self.config.training.eval_interval is not None:
+            self._dataset("valid")
+        if self.config.logging.tensorboard_dir is not None:
+            require("tensorboard", extra="log")
 
     def _sampler(self, consumed: int) -> Sampler:
         training = self.config.training
@@ -87,37 +105,56 @@ class Trainer:
 
     def run(self) -> int:
         """Train to the end, or until asked to stop; returns the exit code."""
-        self.restore()
-        self.first_step = self.step
-        num_steps = self.config.training.num_steps
-        logger.info(formula_text())
-        started = time.monotonic()
-        with self._sinks() as sinks, StopSignals() as signals, self.loader:
-            window = _Window()
-            while self.step < num_steps:
-                result = self.train_step()
-                window.add(result)
-                self._log(result, window, sinks)
-                self._validate(sinks)
-                stop = signals.agreed(self.state.world, self.device)
-                last = self.step == num_steps or stop or self._planned_exit(started)
-                self._save(last)
-                if last:
-                    break
-        if self.writer is not None:
-            self.writer.finish()
-        if self.step < num_steps and signals.stopped:
-            logger.warning(
-                "stopped by a signal after step %d; the checkpoint is written, exit code %d", self.step, PREEMPTED
-            )
+        with StopSignals() as signals:
+            self.restore()
+            self.first_step = self.step
+            logger.info(formula_text())
+            with self._sinks() as sinks, self.loader:
+                try:
+                    self._loop(sinks, signals)
+                except (NonFiniteError, DataError, StorageError):
+                    # all ranks are here: what was being saved is still good
+                    self._finish_saving()
+                    raise
+            self._finish_saving()
+        if self.writer is not None and self.writer.last_error is not None:
+            raise self.writer.last_error
+        if self.step < self.config.training.num_steps and signals.stopped:
+            written = "the checkpoint is written" if self.writer else "without --save, no checkpoint is written"
+            logger.warning("stopped by a signal after step %d; %s, exit code %d", self.step, written, PREEMPTED)
             return PREEMPTED
         return FINISHED
 
+    def _loop(self, sinks: Sinks, signals: StopSignals) -> None:
+        num_steps = self.config.training.num_steps
+        started = time.monotonic()
+        window = _Window()
+        while self.step < num_steps:
+            result = self.train_step()
+            window.add(result)
+            self._log(result, window, sinks)
+            self._validate(sinks)
+            stop = signals.agreed(self.state.world, self.device)
+            last = self.step == num_steps or self._planned_exit(started) or stop
+            self._save(last)
+            if last:
+                break
+
+    def _finish_saving(self) -> None:
+        if self.writer is not None:
+            self.writer.finish()
+
     def train_step(self) -> StepResult:
         """The next step of the run."""
-        result = self.engine.train_step(self.step, next(self.loader), self._last_checkpoint())
+        batches = self._next(self.loader)
+        result = self.engine.train_step(self.step, batches, self._last_good)
         self.step += 1
         return result
+
+    def _next(self, loader: Loader) -> list[Batch]:
+        with together(self.state.world, self.device):
+            batches = next(loader)
+        return batches
 
     def _sinks(self) -> Sinks:
         wanted = self.config.logging
@@ -169,7 +206,7 @@ class Trainer:
         total = tokens = 0.0
         with Loader(self._dataset("valid"), sampler) as loader:
             for _ in range(self.config.training.eval_iters):
-                batches = next(loader)
+                batches = self._next(loader)
                 metrics, count = self.engine.evaluate(batches)
                 total += metrics.loss * count
                 tokens += count
@@ -185,11 +222,6 @@ class Trainer:
         late = torch.tensor([float(time.monotonic() - started > limit * 60.0)], device=self.device)
         return at_interval or bool(self.state.world.comm.all_reduce_(late, "max").item())
 
-    def _last_checkpoint(self) -> str | None:
-        if self.writer is None or self.writer.last_step is None:
-            return None
-        return f"step {self.writer.last_step} in {self.config.checkpoint.save}"
-
     def _save(self, last: bool) -> None:
         if self.writer is None:
             return
@@ -203,6 +235,7 @@ class Trainer:
                 self.config.to_json(),
                 self._fingerprints,
             )
+            self._last_good = f"step {self.step} in {self.config.checkpoint.save}"
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -215,40 +248,60 @@ class Trainer:
 
     def restore(self) -> None:
         """Go on from the newest valid checkpoint, if one was asked for and is there."""
+        reader = self._find_checkpoint()
+        if reader is not None:
+            self._fill(reader)
+        self._refuse_foreign_checkpoints()
+
+    def _find_checkpoint(self) -> CheckpointReader | None:
         wanted = self.config.checkpoint
         if wanted.load_directory is None:
-            return
+            return None
         try:
-            reader = find_checkpoint(
-                Path(wanted.load_directory), wanted.ckpt_step, self.state.world, device=self.device
-            )
+            return find_checkpoint(Path(wanted.load_directory), wanted.ckpt_step, self.state.world, device=self.device)
         except NoCheckpointError:
             if wanted.exit_on_missing_checkpoint or wanted.ckpt_step is not None:
                 raise
             logger.warning("no checkpoint in %s: starting at step 0", wanted.load_directory)
-            return
+            return None
+
+    def _fill(self, reader: CheckpointReader) -> None:
+        wanted = self.config.checkpoint
+        if not wanted.finetune:
+            self._check_same_run(reader)
         reader.fill(module_blocks(self.engine.modules, self.state), "model", cast=wanted.finetune)
         self.engine.optimizer.reset_masters()
         if wanted.finetune:
             logger.info("weights of step %d read from %s; starting at step 0", reader.step, wanted.load_directory)
             return
-        self._check_fingerprints(reader.data)
         if not wanted.no_load_optim:
             reader.fill(self.engine.optimizer.blocks(), "optim")
             self.engine.optimizer.load_state_dict(reader.state["optimizer"])
         self.step = int(reader.state["step"])
         self.loader.load_state_dict(reader.state["loader"])
+        self._last_good = f"step {reader.step} in {wanted.load_directory}"
         consumed = reader.state["loader"]["consumed_samples"]
         logger.info("resuming after step %d (%d samples) from %s", self.step, consumed, wanted.load_directory)
 
-    def _check_fingerprints(self, saved: dict[str, Any]) -> None:
-        changed = [name for name, value in self._fingerprints.items() if saved.get(name, value) != value]
-        if changed:
-            raise CheckpointError(
-                f"{self.config.checkpoint.load_directory}: the run was started with another "
-                f"{' and another '.join(changed)} than this command names; give it the same, or start a new run from "
-                f"its weights with --finetune."
-            )
+    def _check_same_run(self, reader: CheckpointReader) -> None:
+        with together(self.state.world, self.device):
+            saved = RunConfig.from_json(reader.config_json, source=f"config.json of {reader.folder}")
+            check_same_run(saved, self.config, str(reader.folder))
+            check_same_data(reader.data, self._fingerprints, str(reader.folder))
+
+    def _refuse_foreign_checkpoints(self) -> None:
+        """Later steps in the place to save to belong to another run, and would be taken for this one's."""
+        wanted = self.config.checkpoint
+        follows = wanted.load_directory == wanted.save and wanted.ckpt_step is None and not wanted.finetune
+        if wanted.save is None or follows:
+            return  # what is later there was passed over as broken
+        with together(self.state.world, self.device):
+            later = [step for step in stored_steps(Path(wanted.save)) if step > self.step] if self.writer else []
+            if later:
+                raise ConfigError(
+                    f"--save {wanted.save} holds a checkpoint of step {later[0]} already, and this run is at step "
+                    f"{self.step}: the two would be mixed. Give another directory, or --load latest to go on there."
+                )
 
 
 def run_id(config: RunConfig) -> str:

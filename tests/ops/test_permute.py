@@ -9,7 +9,11 @@ from megatron_moe.ops.permute import combine, invert, permute, unpermute
 T, H, K = 5, 3, 2
 TOKEN_IDS = torch.arange(T).repeat_interleave(K)
 # assignments 0..9 in expert order; 3 and 8 were dropped
-ORDERS = [torch.tensor([7, 0, 5, 9, 1, 2, 6, 4]), torch.tensor([4, 9, 0, 6, 1, 8, 3, 2, 7, 5]), torch.tensor([], dtype=torch.int64)]
+ORDERS = [
+    torch.tensor([7, 0, 5, 9, 1, 2, 6, 4]),
+    torch.tensor([4, 9, 0, 6, 1, 8, 3, 2, 7, 5]),
+    torch.tensor([], dtype=torch.int64),
+]
 ANYHOW = torch.tensor([4, 0, 0, 2, 2, 2, 1])  # token 3 has no assignment, token 2 has three
 
 

@@ -1,0 +1,72 @@
+"""Keys and values of the tokens so far, so that a new token costs one row instead of the whole sequence."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from megatron_moe.models.gpt import GPTStage
+
+
+class ReservedCache:
+    """Keys and values of each layer, (max_length, B, G/tp, D), reserved at once.
+
+    The one thing that a forward pass writes to: each layer appends once a pass, and all stand at the same position
+    between passes.
+    """
+
+    def __init__(
+        self,
+        heads: Mapping[int, tuple[int, int]],
+        *,
+        max_length: int,
+        num_samples: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """heads: (groups, width) of this rank's part of each layer, by global index."""
+        self.max_length = max_length
+        self._filled = dict.fromkeys(heads, 0)
+
+        def reserve(groups: int, width: int) -> Tensor:
+            return torch.empty(max_length, num_samples, groups, width, dtype=dtype, device=device)
+
+        self._keys = {layer: reserve(*shape) for layer, shape in heads.items()}
+        self._values = {layer: reserve(*shape) for layer, shape in heads.items()}
+
+    @classmethod
+    def for_stages(
+        cls, stages: Sequence[GPTStage], *, max_length: int, num_samples: int, device: torch.device
+    ) -> "ReservedCache":
+        """Room for the layers that this rank holds."""
+        heads = {}
+        for stage in stages:
+            for index, layer in stage.layers.items():
+                attention = layer.attention
+                heads[int(index)] = (attention.qkv.shape[0], attention.shape.head_dim)
+        return cls(heads, max_length=max_length, num_samples=num_samples, dtype=stages[0].spec.dtype, device=device)
+
+    @property
+    def position(self) -> int:
+        """Tokens that all layers hold: the sequence index of the next one."""
+        return min(self._filled.values())
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Add (S, B, G/tp, D) of the new tokens; returns views of all so far, (past + S, B, G/tp, D).
+
+        Raises ValueError when they do not fit.
+        """
+        start = self._filled[layer]
+        end = start + keys.shape[0]
+        if end > self.max_length:
+            raise ValueError(f"{end} tokens do not fit into a cache of {self.max_length}")
+        self._keys[layer][start:end] = keys
+        self._values[layer][start:end] = values
+        self._filled[layer] = end
+        return self._keys[layer][:end], self._values[layer][:end]
+
+    def rewind(self, position: int) -> None:
+        """Forget the tokens from `position` on, to try others. Raises ValueError for one that lies ahead."""
+        if not 0 <= position <= self.position:
+            raise ValueError(f"cannot rewind to {position}: the cache holds {self.position} tokens")
+        self._filled = dict.fromkeys(self._filled, position)
