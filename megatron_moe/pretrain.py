@@ -68,17 +68,10 @@ def _train(config: RunConfig, place: Place, device: torch.device, notes: Sequenc
     with together(state.world, device):
         setup_logging(place.rank, log_dir)
         if place.rank == 0:
-            _describe(config, log_dir, notes)
+            logger.info("configuration (value, and who set it):\n%s", config.explain())
+            for note in notes:
+                logger.warning(note)
     return Trainer(config, state, device).run()
-
-
-def _describe(config: RunConfig, log_dir: Path | None, notes: Sequence[str]) -> None:
-    """The resolved configuration, on the console and beside the log."""
-    logger.info("configuration (value, and who set it):\n%s", config.explain())
-    if log_dir is not None:
-        (log_dir / "config.json").write_text(config.to_json())
-    for note in notes:
-        logger.warning(note)
 
 
 def _tell(error: MegatronMoEError, speaks: bool) -> int:

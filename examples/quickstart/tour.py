@@ -26,11 +26,12 @@ from megatron_moe.report.pictures import draw_expert_load, draw_loss_curve
 ROOT = Path(__file__).resolve().parents[2]
 PREEMPTED = 75
 TP, PP, EP = "--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--expert-model-parallel-size"
+ETP, MICRO = "--expert-tensor-parallel-size", "--micro-batch-size"
 
 # ranks -> layout before and after the interruption
 LAYOUTS: dict[int, tuple[list[str], list[str]]] = {
-    4: ([TP, "2", EP, "2"], [PP, "2", EP, "2"]),
-    2: ([TP, "2", EP, "2", "--expert-tensor-parallel-size", "1"], [PP, "2"]),
+    4: ([TP, "2", EP, "2"], [PP, "2", EP, "2", MICRO, "2"]),
+    2: ([TP, "2", EP, "2", ETP, "1"], [PP, "2", MICRO, "2"]),
     1: ([], []),
 }
 
@@ -134,8 +135,8 @@ def train(tour: Tour) -> None:
 
 def describe(layout: Sequence[str], tour: Tour) -> str:
     """A layout in words."""
-    short = {TP: "TP", PP: "PP", EP: "EP", "--expert-tensor-parallel-size": "ETP"}
-    words = [f"{short[flag]} {size}" for flag, size in zip(layout[::2], layout[1::2], strict=True)]
+    short = {TP: "TP", PP: "PP", EP: "EP", ETP: "ETP"}
+    words = [f"{short[flag]} {size}" for flag, size in zip(layout[::2], layout[1::2], strict=True) if flag in short]
     return f"{tour.num_ranks} rank{'s' if tour.num_ranks > 1 else ''}" + (f" ({' x '.join(words)})" if words else "")
 
 

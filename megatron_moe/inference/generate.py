@@ -23,6 +23,15 @@ from megatron_moe.pipeline.transfer import Transfer
 _NOT_FINITE = -1  # told instead of a token, so that all ranks raise together
 
 
+def refuse_context_parallelism(size: int) -> None:
+    """Raises ConfigError for more than one context-parallel rank."""
+    if size > 1:
+        raise ConfigError(
+            f"--context-parallel-size {size} cuts sequences, but tokens are decoded one at a time; use 1 (a checkpoint "
+            f"loads on any layout), and --tensor-model-parallel-size or --pipeline-model-parallel-size for more room."
+        )
+
+
 def decoding_view(tokens: Tensor, start: int, sample_ids: Tensor) -> SequenceView:
     """tokens (S, B) int64 that stand from index `start` on in their sequences, without padding."""
     length, samples = tokens.shape
@@ -50,8 +59,8 @@ class _Batch:
 class Generator:
     """Goes on from prompts. Collective: all ranks make the same calls with the same arguments.
 
-    stages: this rank's, one.   spec: says which ids may be chosen, those below spec.vocab_size.   max_batch: prompts that
-    run together at most.   Raises ConfigError under context parallelism.
+    stages: this rank's, one.   spec: only ids below spec.vocab_size are chosen.   max_batch: prompts that may run
+    together.   Raises ConfigError under context parallelism.
     """
 
     def __init__(
@@ -63,11 +72,7 @@ class Generator:
         *,
         max_batch: int = 16,
     ) -> None:
-        if state.cp.size > 1:
-            raise ConfigError(
-                f"--context-parallel-size {state.cp.size} cuts sequences, which tokens that come one by one do not have; "
-                f"use 1: a checkpoint loads on any layout."
-            )
+        refuse_context_parallelism(state.cp.size)
         if max_batch < 1:
             raise ConfigError(f"--batch-size {max_batch}: expected 1 or more prompts at a time.")
         (self._stage,) = stages
@@ -109,7 +114,7 @@ class Generator:
     def _check(self, prompts: Sequence[Sequence[int]]) -> None:
         for number, prompt in enumerate(prompts, start=1):
             if not prompt:
-                raise DataError(f"prompt {number} has no tokens; begin it with at least one, such as the end of a document.")
+                raise DataError(f"prompt {number} has no tokens; begin it with one, such as the end of a document.")
             wrong = [token for token in prompt if not 0 <= token < self._vocab_size]
             if wrong:
                 raise DataError(
@@ -133,13 +138,8 @@ class Generator:
         self, batch: _Batch, max_new_tokens: int, sampling: Sampling, eod_id: int | None, random: KeyedRandom
     ) -> list[list[int]]:
         length, samples = batch.tokens.shape
-        cache = ReservedCache.for_stages(
-            # the last token is not run
-            [self._stage],
-            max_length=length + max_new_tokens - 1,
-            num_samples=samples,
-            device=self._device,
-        )
+        most = length + max_new_tokens - 1  # the last token is not run
+        cache = ReservedCache.for_stages([self._stage], max_length=most, num_samples=samples, device=self._device)
         answers: list[list[int]] = [[] for _ in range(samples)]
         ended = [False] * samples
         tokens = batch.tokens
@@ -167,7 +167,7 @@ class Generator:
         )
         edge = self._stage.edge(ctx)
         received = {} if self._stage.first else self._transfer.receive_forward(edge)
-        output = self._stage(received, ctx).tensors
+        output: dict[str, Tensor] = self._stage(received, ctx).tensors
         if self._stage.last:
             return output["logits"][-1]
         self._transfer.send_forward(output, edge)

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from megatron_moe.layers.attention import Attention
 from megatron_moe.models.gpt import GPTStage
 
 
@@ -39,11 +40,8 @@ class ReservedCache:
         cls, stages: Sequence[GPTStage], *, max_length: int, num_samples: int, device: torch.device
     ) -> "ReservedCache":
         """Room for the layers that this rank holds."""
-        heads = {}
-        for stage in stages:
-            for index, layer in stage.layers.items():
-                attention = layer.attention
-                heads[int(index)] = (attention.qkv.shape[0], attention.shape.head_dim)
+        found = [module for stage in stages for module in stage.modules() if isinstance(module, Attention)]
+        heads = {attention.index: (attention.qkv.shape[0], attention.shape.head_dim) for attention in found}
         return cls(heads, max_length=max_length, num_samples=num_samples, dtype=stages[0].spec.dtype, device=device)
 
     @property

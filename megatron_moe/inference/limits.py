@@ -55,6 +55,6 @@ def _notes(moe: MoEConfig) -> Iterator[str]:
     alone = expert_places(torch.tensor(1), share=share, rounding=moe.capacity_rounding, at_least=moe.min_capacity)
     if alone == 0:
         yield (
-            f"a capacity factor of {factor:g} rounded by {moe.capacity_rounding} leaves no expert a place for a token that "
-            f"comes alone: every decoded token passes the experts by; --dropless serves it"
+            f"a capacity factor of {factor:g} rounded by {moe.capacity_rounding} leaves no place to a token that comes "
+            f"alone: every decoded token passes the experts by; --dropless serves it"
         )

@@ -7,10 +7,9 @@ from torch import Tensor
 def rotary_angles(positions: Tensor, width: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin, each (S, B, width/2), for positions (S, B).  [RoFormer, arXiv:2104.09864]
 
-    Angles are taken in float64 and rounded once, so that long positions stay exact.
+    Angles are wide whatever the dtype, as the models of the field were trained; only cos and sin are rounded to it.
     """
     exponent = torch.arange(0, width, 2, device=positions.device, dtype=torch.float64) / width
-    # the frequencies in float32, as the models of the field were trained
     frequency = (1.0 / base**exponent).to(torch.promote_types(dtype, torch.float32))
     angle = positions[..., None].to(frequency.dtype) * frequency
     return angle.cos().to(dtype), angle.sin().to(dtype)

@@ -125,3 +125,25 @@ def check_schedule(lists: list[list[Action]], num_stages: int, num_microbatches:
     if done != wanted:
         missing = sorted(map(str, wanted - done)) or sorted(map(str, done - wanted))
         raise ValueError(f"the schedule is not complete, or does too much: {missing[:5]}")
+    _check_order(lists, num_stages)
+
+
+def _check_order(lists: list[list[Action]], num_stages: int) -> None:
+    """Tensors carry no numbers: a rank must receive from each neighbour in the order in which that one sends."""
+    owner = {action.stage: rank for rank, actions in enumerate(lists) for action in actions}
+    for kinds, onward in (((Kind.FORWARD,), 1), ((Kind.BACKWARD, Kind.BACKWARD_INPUT), -1)):
+        sent: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        received: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        for rank, actions in enumerate(lists):
+            for action in actions:
+                if action.kind not in kinds:
+                    continue
+                if 0 <= action.stage + onward < num_stages:
+                    to = owner[action.stage + onward]
+                    sent.setdefault((rank, to), []).append((action.stage, action.microbatch))
+                if 0 <= action.stage - onward < num_stages:
+                    source = owner[action.stage - onward]
+                    received.setdefault((source, rank), []).append((action.stage - onward, action.microbatch))
+        for pair in sent:
+            if pair[0] != pair[1] and sent[pair] != received[pair]:
+                raise ValueError(f"rank {pair[1]} does not receive from rank {pair[0]} in the order in which it sends")

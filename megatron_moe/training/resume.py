@@ -1,18 +1,75 @@
-"""What must not change between the two halves of a run, or it would not be one run."""
+"""Where a run goes on, and what must not change between its halves, or it would not be one run."""
 
+import logging
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from megatron_moe.config.errors import ConfigError
+import torch
+
+from megatron_moe.checkpoint.load import CheckpointReader, find_checkpoint
+from megatron_moe.checkpoint.messages import told_by_first
+from megatron_moe.checkpoint.rotate import stored_steps
+from megatron_moe.config.checkpoint import CheckpointConfig
+from megatron_moe.config.errors import ConfigError, NoCheckpointError, StorageError
 from megatron_moe.config.run import RunConfig
 from megatron_moe.config.sections import all_settings
 from megatron_moe.config.values import written
+from megatron_moe.parallel.state import Axis
+
+logger = logging.getLogger(__name__)
 
 WAY_OUT = "Give this run the same, or start a new run from its weights with --finetune."
 
 
-def check_same_run(saved: RunConfig, now: RunConfig, source: str) -> None:
+def find_start(wanted: CheckpointConfig, world: Axis, device: torch.device) -> CheckpointReader | None:
+    """The checkpoint to go on from; None to start at step 0. Collective.
+
+    Raises NoCheckpointError when one was required, and when there are some but none is whole.
+    """
+    if wanted.load_directory is None:
+        return None
+    folder = Path(wanted.load_directory)
+    try:
+        return find_checkpoint(folder, wanted.ckpt_step, world, device=device)
+    except NoCheckpointError as error:
+        if wanted.exit_on_missing_checkpoint or wanted.ckpt_step is not None:
+            raise
+        if told_by_first("some" if stored_steps(folder) else "", world, device):
+            # a run that has checkpoints must not start afresh beside them
+            raise NoCheckpointError(f"{error}\nRepair them; to start at step 0, move them away.") from error
+        logger.warning("no checkpoint in %s: starting at step 0", folder)
+        return None
+
+
+def check_place_to_save(wanted: CheckpointConfig, step: int) -> None:
+    """Before the first step, not after hours: --save can be written to, and holds no other run's later steps.
+
+    step: finished ones of this run.  Raises StorageError or ConfigError.
+    """
+    if wanted.save is None:
+        return
+    existing = Path(wanted.save)
+    while not os.path.lexists(existing):
+        existing = existing.parent
+    if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
+        raise StorageError(
+            f"--save {wanted.save}: {existing} is no directory that this process may write to. Name one that is."
+        )
+    if wanted.load_directory == wanted.save and wanted.ckpt_step is None and not wanted.finetune:
+        return  # what is later there was passed over as broken
+    later = [found for found in stored_steps(Path(wanted.save)) if found > step]
+    if later:
+        raise ConfigError(
+            f"--save {wanted.save} holds a checkpoint of step {later[0]} already, and this run is at step {step}: "
+            f"the two would be mixed. Give another directory, or --load latest to go on there."
+        )
+
+
+def check_same_run(reader: CheckpointReader, now: RunConfig) -> None:
     """Raises ConfigError with every option that makes another model, or another order of samples, than was saved."""
+    saved = RunConfig.from_json(reader.config_json, source=f"config.json of {reader.folder}")
     before, after = _resolved(saved), _resolved(now)
     changed = [
         f"{all_settings()[key].flag} was {written(before[key])} and is {written(after[key])}"
@@ -20,14 +77,15 @@ def check_same_run(saved: RunConfig, now: RunConfig, source: str) -> None:
         if key in after and before[key] != after[key]
     ]
     if changed:
-        raise ConfigError(f"the run in {source} is another one: {'; '.join(changed)}. {WAY_OUT}")
+        raise ConfigError(f"the run in {reader.folder} is another one: {'; '.join(changed)}. {WAY_OUT}")
 
 
-def check_same_data(saved: Mapping[str, Any], now: Mapping[str, str], source: str) -> None:
+def check_same_data(reader: CheckpointReader, now: Mapping[str, str]) -> None:
     """Raises ConfigError unless the fingerprints of tokenizer and corpus are those that were saved."""
-    changed = [name for name, value in now.items() if saved.get(name, value) != value]
+    changed = [name for name, value in now.items() if reader.data.get(name, value) != value]
     if changed:
-        raise ConfigError(f"the run in {source} was started with another {' and another '.join(changed)}. {WAY_OUT}")
+        what = " and another ".join(changed)
+        raise ConfigError(f"the run in {reader.folder} was started with another {what}. {WAY_OUT}")
 
 
 def _resolved(run: RunConfig) -> dict[str, Any]:

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 import xxhash
 
-from megatron_moe.checkpoint.load import CheckpointReader, find_checkpoint
-from megatron_moe.checkpoint.rotate import stored_steps
+from megatron_moe.checkpoint.load import CheckpointReader
 from megatron_moe.checkpoint.save import CheckpointWriter
-from megatron_moe.config.errors import ConfigError, DataError, NoCheckpointError, NonFiniteError, StorageError
+from megatron_moe.config.errors import ConfigError, DataError, NonFiniteError, StorageError
 from megatron_moe.config.optional import require
 from megatron_moe.config.run import RunConfig
 from megatron_moe.data.batch import Batch
@@ -28,7 +27,7 @@ from megatron_moe.training.engine import Engine, StepResult
 from megatron_moe.training.flops import flops_per_token, formula_text, peak_flops
 from megatron_moe.training.gpu_monitor import GpuMonitor
 from megatron_moe.training.metrics import summarise_routing
-from megatron_moe.training.resume import check_same_data, check_same_run
+from megatron_moe.training.resume import check_place_to_save, check_same_data, check_same_run, find_start
 from megatron_moe.training.signals import StopSignals
 from megatron_moe.training.sinks import Sinks
 from megatron_moe.training.together import together
@@ -160,11 +159,13 @@ class Trainer:
         wanted = self.config.logging
         # the last rank of the pipeline could as well: every rank knows all figures
         speaks = self.state.rank == 0
-        return Sinks(
-            Path(wanted.log_dir) if wanted.log_dir and speaks else None,
-            Path(wanted.tensorboard_dir) if wanted.tensorboard_dir and speaks else None,
-            self.step,
-        )
+        log_dir = Path(wanted.log_dir) if wanted.log_dir and speaks else None
+        with together(self.state.world, self.device):
+            if log_dir is not None:
+                # not before all is known to fit: a mistaken command leaves that of the run before
+                log_dir.mkdir(parents=True, exist_ok=True)
+                (log_dir / "config.json").write_text(self.config.to_json())
+        return Sinks(log_dir, Path(wanted.tensorboard_dir) if wanted.tensorboard_dir and speaks else None, self.step)
 
     def _log(self, result: StepResult, window: "_Window", sinks: Sinks) -> None:
         first = self.step == self.first_step + 1
@@ -235,7 +236,8 @@ class Trainer:
                 self.config.to_json(),
                 self._fingerprints,
             )
-            self._last_good = f"step {self.step} in {self.config.checkpoint.save}"
+            if self.writer.last_error is None:
+                self._last_good = f"step {self.step} in {self.config.checkpoint.save}"
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -248,27 +250,18 @@ class Trainer:
 
     def restore(self) -> None:
         """Go on from the newest valid checkpoint, if one was asked for and is there."""
-        reader = self._find_checkpoint()
+        reader = find_start(self.config.checkpoint, self.state.world, self.device)
         if reader is not None:
             self._fill(reader)
-        self._refuse_foreign_checkpoints()
-
-    def _find_checkpoint(self) -> CheckpointReader | None:
-        wanted = self.config.checkpoint
-        if wanted.load_directory is None:
-            return None
-        try:
-            return find_checkpoint(Path(wanted.load_directory), wanted.ckpt_step, self.state.world, device=self.device)
-        except NoCheckpointError:
-            if wanted.exit_on_missing_checkpoint or wanted.ckpt_step is not None:
-                raise
-            logger.warning("no checkpoint in %s: starting at step 0", wanted.load_directory)
-            return None
+        with together(self.state.world, self.device):
+            check_place_to_save(self.config.checkpoint, self.step)
 
     def _fill(self, reader: CheckpointReader) -> None:
         wanted = self.config.checkpoint
         if not wanted.finetune:
-            self._check_same_run(reader)
+            with together(self.state.world, self.device):
+                check_same_run(reader, self.config)
+                check_same_data(reader, self._fingerprints)
         reader.fill(module_blocks(self.engine.modules, self.state), "model", cast=wanted.finetune)
         self.engine.optimizer.reset_masters()
         if wanted.finetune:
@@ -282,26 +275,6 @@ class Trainer:
         self._last_good = f"step {reader.step} in {wanted.load_directory}"
         consumed = reader.state["loader"]["consumed_samples"]
         logger.info("resuming after step %d (%d samples) from %s", self.step, consumed, wanted.load_directory)
-
-    def _check_same_run(self, reader: CheckpointReader) -> None:
-        with together(self.state.world, self.device):
-            saved = RunConfig.from_json(reader.config_json, source=f"config.json of {reader.folder}")
-            check_same_run(saved, self.config, str(reader.folder))
-            check_same_data(reader.data, self._fingerprints, str(reader.folder))
-
-    def _refuse_foreign_checkpoints(self) -> None:
-        """Later steps in the place to save to belong to another run, and would be taken for this one's."""
-        wanted = self.config.checkpoint
-        follows = wanted.load_directory == wanted.save and wanted.ckpt_step is None and not wanted.finetune
-        if wanted.save is None or follows:
-            return  # what is later there was passed over as broken
-        with together(self.state.world, self.device):
-            later = [step for step in stored_steps(Path(wanted.save)) if step > self.step] if self.writer else []
-            if later:
-                raise ConfigError(
-                    f"--save {wanted.save} holds a checkpoint of step {later[0]} already, and this run is at step "
-                    f"{self.step}: the two would be mixed. Give another directory, or --load latest to go on there."
-                )
 
 
 def run_id(config: RunConfig) -> str:

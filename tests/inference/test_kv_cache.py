@@ -49,7 +49,8 @@ def cached_logits(stage: GPTStage, tokens: Tensor, cache: ReservedCache, start: 
     """(B, stop - start, V) of one pass over tokens start..stop, the earlier ones in the cache."""
     view = decoding_view(tokens.t()[start:stop], cache.position, torch.arange(len(tokens)))
     ctx = ForwardContext(view, KeyedRandom(0), train=False, sequence_parallel=False, cache=cache)
-    return stage({}, ctx).tensors["logits"][..., :VOCAB].transpose(0, 1)
+    logits: Tensor = stage({}, ctx).tensors["logits"]
+    return logits[..., :VOCAB].transpose(0, 1)
 
 
 def new_cache(stage: GPTStage, length: int = LENGTH) -> ReservedCache:

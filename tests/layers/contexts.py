@@ -39,6 +39,12 @@ def context(
     return ForwardContext(view, KeyedRandom(0), train=True, sequence_parallel=sequence_parallel, weight_gradients=sink)
 
 
+def wide_sum(parameter: Tensor) -> Tensor:
+    """What products have added to the parameter's gradient."""
+    total: Tensor = parameter.main_grad  # type: ignore[attr-defined]
+    return total
+
+
 def make(module: M, state: ParallelState, seed: int = 1) -> M:
     """The module in memory, with room for wide gradients."""
     materialise(module, state, seed, CPU)

@@ -41,6 +41,7 @@ def gather(rank: int, world_size: int) -> None:
     # rank r uses row i with weight (r + 1) · i: the gradient is summed over the ranks
     (gathered * torch.arange(12.0)[:, None] * (rank + 1)).sum().backward()
     factor = sum(range(1, world_size + 1))
+    assert local.grad is not None
     assert torch.equal(local.grad, (rows * factor)[:, None].expand(-1, 2).float())
 
 

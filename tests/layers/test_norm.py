@@ -78,6 +78,7 @@ def on_rank(rank: int, world_size: int) -> None:
     found = module(local)
     found.backward(probe[:, :, mine])
     torch.testing.assert_close(found, wanted[:, :, mine], rtol=1e-12, atol=1e-12)
+    assert whole.grad is not None and weight.grad is not None
     torch.testing.assert_close(local.grad, whole.grad[:, :, mine], rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(module.weight.grad, weight.grad[mine], rtol=1e-12, atol=1e-12)
 

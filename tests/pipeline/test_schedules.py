@@ -117,3 +117,15 @@ def test_more_than_asked_for_is_found() -> None:
         check_schedule(SCHEDULES["1f1b"](2, 2), 2, 2, train=False)
     with pytest.raises(ValueError, match="not complete"):
         check_schedule(forward_only(2, 2), 2, 2)
+
+
+def test_receiving_in_another_order_than_sent_is_found() -> None:
+    """Each action has what it needs, and yet the second stage would take microbatch 1 for microbatch 0."""
+    lists = SCHEDULES["1f1b"](3, 4)
+    lists[0][0], lists[0][1] = lists[0][1], lists[0][0]
+    with pytest.raises(ValueError, match="rank 1 does not receive from rank 0 in the order in which it sends"):
+        check_schedule(lists, 3, 4)
+    first = [Action(F, 0, 0), Action(F, 0, 1), Action(B, 0, 0), Action(B, 0, 1)]
+    second = [Action(F, 1, 0), Action(F, 1, 1), Action(B, 1, 1), Action(B, 1, 0)]
+    with pytest.raises(ValueError, match="rank 0 does not receive from rank 1"):
+        check_schedule([first, second], 2, 2)

@@ -94,7 +94,7 @@ def fill_the_disk(rank: int, world_size: int, folder: str) -> tuple[list[str], l
     """Warnings and file sizes of a run whose files may not grow over 1,000 bytes."""
     told: list[str] = []
     handler = logging.Handler()
-    handler.emit = lambda item: told.append(item.getMessage())  # type: ignore[method-assign]
+    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("megatron_moe").addHandler(handler)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
     with Sinks(Path(folder), None, 0) as sinks:
@@ -139,7 +139,7 @@ def test_tensorboard_has_megatrons_tags_and_the_values(tmp_path: Path) -> None:
     found = scalars(tmp_path)
     assert found["lm loss"] == [(10, 5.5), (20, 4.5)]
     assert found["load_balancing_loss"] == [(10, 1.25), (20, 1.25)]
-    assert found["learning-rate"][0] == (10, pytest.approx(6e-4))
+    assert found["learning-rate"][0][1] == pytest.approx(6e-4)
     assert found["grad-norm"][0] == (10, 1.75)
     assert found["throughput"][0] == (10, 8.0)
     assert found["routing/drop_rate"][0] == (10, 0.125)

@@ -49,7 +49,9 @@ def run(record: Recorder) -> None:
         how = {"lowest_ms": timing.lowest * 1e3, "highest_ms": timing.highest * 1e3}
         more = {**how, "iterations": timing.iterations, "method": timing.method, "headline": True}
         if name == "copy":
-            record.figure("copy", 2 * copied / timing.median / 1e9, "GB/s", {"bytes": copied}, counts="read + written", **more)
+            record.figure(
+                "copy", 2 * copied / timing.median / 1e9, "GB/s", {"bytes": copied}, counts="read + written", **more
+            )
         else:
             dtype = name.split()[1]
             rate = 2 * size**3 / timing.median / 1e12

@@ -3,6 +3,7 @@
 import argparse
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import re
@@ -10,8 +11,9 @@ import resource
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -46,7 +48,8 @@ class Recorder:
         """One number. more: method, iterations, and whatever explains it."""
         entry = {"part": self.part, "name": name, "value": value, "unit": unit, "shape": dict(shape), **more}
         self.figures.append(entry)
-        print(f"  {_words(shape)}  {name}: {value:.4g} {unit}", flush=True)
+        if more.get("headline"):
+            print(f"  {_words(shape)}  {name}: {value:.4g} {unit}", flush=True)
         self._save()
 
     def timed(self, name: str, timing: Timing, shape: Mapping[str, Any], **more: Any) -> None:
@@ -56,10 +59,16 @@ class Recorder:
     def check(self, name: str, error: float, tolerance: float, why: str) -> None:
         """An error that must not exceed its tolerance; NaN never passes."""
         passed = error <= tolerance
-        entry = {"part": self.part, "name": name, "passed": passed, "error": error, "tolerance": tolerance, "why": why}
+        number = error if math.isfinite(error) else None  # JSON has no NaN
+        entry = {"part": self.part, "name": name, "passed": passed, "error": number, "tolerance": tolerance, "why": why}
         self.checks.append(entry)
         print(f"  {'pass' if passed else 'FAIL'}  {name}: {error:.3g} (allowed {tolerance:.3g})", flush=True)
         self._save()
+
+    def broke(self, name: str, error: Exception) -> None:
+        """A check that ended in an exception has failed."""
+        self.check(name, math.nan, 0.0, f"{type(error).__name__}: {str(error)[:500]}")
+        traceback.print_exception(error)
 
     def skip(self, what: str, why: str) -> None:
         """Says what was left out."""
@@ -209,7 +218,8 @@ def table(found: Mapping[str, Any]) -> str:
         tests = found["tests"]
         counts = f"{tests['passed']} passed, {len(tests['failed'])} failed, {len(tests['skipped'])} skipped"
         lines.append(f"tests marked gpu: {counts} {tests['failed'] or ''}")
-    lines += [f"part {name}: exit code {part['exit_code']}" for name, part in found["parts"].items() if part.get("exit_code")]
+    codes = {name: part.get("exit_code", 0) for name, part in found["parts"].items()}
+    lines += [f"part {name}: exit code {code}" for name, code in codes.items() if code]
     lines += [f"skipped: {entry['what']}: {entry['why']}" for entry in found["skipped"]]
     return "\n".join(lines)
 

@@ -3,11 +3,11 @@
 import statistics
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 
@@ -65,7 +65,7 @@ class CudaClock(Clock):
         call()
         stop.record()
         stop.synchronize()
-        return start.elapsed_time(stop) / 1e3
+        return float(start.elapsed_time(stop)) / 1e3
 
 
 def clock_for(device: torch.device) -> Clock:
@@ -84,31 +84,33 @@ def measure(
     seconds: about how long all rounds together may take; at least `least` and at most `most` of them run, after two
     that do not count.
     """
-    warm = [{name: clock.time(lambda call=call, turn=turn: call(turn)) for name, call in variants.items()}  # type: ignore[misc]
-            for turn in range(2)]
-    round_seconds = max(sum(warm[-1].values()), 1e-9)
+
+    def once(name: str, turn: int) -> float:
+        return clock.time(lambda: variants[name](turn))
+
+    warm = [sum(once(name, turn) for name in variants) for turn in range(2)]
+    round_seconds = max(warm[-1], 1e-9)
     rounds = max(least, min(most, int(seconds / round_seconds)))
     names = list(variants)
     found: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(rounds):
         shift = turn % len(names)
         for name in names[shift:] + names[:shift]:
-            call = variants[name]
-            found[name].append(clock.time(lambda call=call, turn=turn: call(turn)))  # type: ignore[misc]
+            found[name].append(once(name, turn))
     return {
         name: Timing(statistics.median(times), min(times), max(times), rounds, clock.method)
         for name, times in found.items()
     }
 
 
-def saved_bytes(call: Callable[[], object], parameters: Mapping[str, Tensor] | nn.ParameterList) -> int:
+def saved_bytes(call: Callable[[], object], weights: Iterable[Tensor]) -> int:
     """Bytes that a forward pass keeps for its backward pass, each storage once, weights left out."""
-    weights = {weight.untyped_storage().data_ptr() for weight in dict(parameters).values()}
+    known = {weight.untyped_storage().data_ptr() for weight in weights}
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
+        if storage.data_ptr() not in known:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
