@@ -38,6 +38,7 @@ def compare_with_transformers(checkpoint: Path, folder: Path, config: RunConfig)
         idle = (report.stats["requested"] == 0).nonzero().flatten().tolist()
         if idle:
             raise RuntimeError(f"layer {report.layer}: no token of the comparison went to experts {idle}")
+    transformers.utils.logging.disable_progress_bar()
     with torch.no_grad():
         theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         expected = theirs(batch.decoder.tokens).logits

@@ -75,7 +75,9 @@ class Tour:
         started, said = time.monotonic(), [""]
         with self.console.status(title) if spinner else nullcontext():
             yield lambda text: said.__setitem__(0, text)
-        self.console.print(f"[{time.monotonic() - started:6.1f} s] {title}: {said[0]}", markup=False, highlight=False)
+        self.console.print(
+            f"[{time.monotonic() - started:6.1f} s] {title}: {said[0]}", markup=False, highlight=False, soft_wrap=True
+        )
 
 
 def run_tool(name: str, *arguments: str) -> str:

@@ -34,7 +34,7 @@ def start(*arguments: str, variables: Mapping[str, str] | None = None) -> subpro
     return subprocess.Popen(
         [sys.executable, *arguments],
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)} | (variables or {}),
+        env={**os.environ, "PYTHONPATH": str(ROOT), **(variables or {})},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

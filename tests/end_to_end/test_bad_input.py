@@ -225,6 +225,26 @@ def test_a_mistake_is_one_paragraph_and_changes_nothing(name: str, answers: dict
         assert word.replace("@", str(folder)) in said, word
 
 
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        ({"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "8"}, []),
+        ({"RANK": "4", "LOCAL_RANK": "0", "WORLD_SIZE": "8"}, ["megatron_moe: there is no option --nonsense"]),
+        ({"RANK": "0", "WORLD_SIZE": "8"}, ["megatron_moe: torchrun set RANK but not LOCAL_RANK; start the job"]),
+    ],
+    ids=["second rank of a machine", "first rank of a machine", "half a launcher"],
+)
+def test_before_the_ranks_meet_one_of_each_machine_speaks(
+    place: dict[str, str], said: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    assert call("--nonsense") == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == len(said)
+    assert all(line.startswith(start) for line, start in zip(lines, said, strict=True))
+
+
 def test_a_broken_checkpoint_is_passed_over_for_an_older_one(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

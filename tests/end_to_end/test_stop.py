@@ -50,8 +50,8 @@ def long_job(corpus: Path, folder: Path, **checkpoint: object) -> RunConfig:
 
 @pytest.mark.parametrize(
     ("number", "how"),
-    [(signal.SIGTERM, LAUNCH), (signal.SIGUSR1, LAUNCH), (signal.SIGTERM, PRETRAIN)],
-    ids=["SIGTERM to two ranks", "SIGUSR1 to two ranks", "SIGTERM to one process"],
+    [(signal.SIGTERM, LAUNCH), (signal.SIGUSR1, LAUNCH), (signal.SIGTERM, PRETRAIN), (signal.SIGINT, PRETRAIN)],
+    ids=["SIGTERM to two ranks", "SIGUSR1 to two ranks", "SIGTERM to one process", "Ctrl-C"],
 )
 def test_a_signal_ends_the_job_with_75_and_it_goes_on_with_the_next_step(
     number: signal.Signals, how: Sequence[str], corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -169,11 +169,11 @@ def _arm(trainer: Trainer, kill: Kill) -> None:
         storage.armed = step + 1 >= kill.step
         return train(step, batches, last_checkpoint)
 
-    def updated(rate: float) -> None:
+    def updated(lr: float) -> None:
         here = trainer.step + 1 == kill.step
         if here and kill.place == "gradients":
             _die()
-        update(rate)
+        update(lr)
         if here and kill.place == "update":
             _die()
 

@@ -173,7 +173,12 @@ def test_a_signal_while_the_run_starts_ends_it_after_one_step(
 ) -> None:
     run = trainer(job(corpus, checkpoint={"save": str(tmp_path)}))
     restore = run.restore
-    monkeypatch.setattr(run, "restore", lambda: (os.kill(os.getpid(), signal.SIGTERM), restore()))
+
+    def interrupted() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        restore()
+
+    monkeypatch.setattr(run, "restore", interrupted)
     assert run.run() == PREEMPTED
     assert stored_steps(tmp_path) == [1]
 
