@@ -34,7 +34,7 @@ CASES = {
     # options
     "unknown flag": Case((*RECIPE, "--num-expert", "4"), 2, ("--num-expert", "did you mean '--num-experts'?")),
     "unknown key": Case(("--config", "@/key.toml"), 2, ("@/key.toml", "[moe] has no option 'topk'", "'router_topk'")),
-    "unknown table": Case(("--config", "@/table.toml"), 2, ("no table [modle]", "did you mean 'model'?")),
+    "unknown table": Case(("--config", "@/table.toml"), 2, ("no table [modl]", "did you mean 'model'?")),
     "broken recipe": Case(("--config", "@/broken.toml"), 2, ("@/broken.toml: not valid TOML",)),
     "missing recipe": Case(("--config", "@/none.toml"), 2, ("@/none.toml", "give a file that can be read")),
     "no number": Case((*RECIPE, "--num-layers", "two"), 2, ("--num-layers two: expected an integer",)),
@@ -142,7 +142,7 @@ def write_text(folder: Path) -> None:
 
 def write_recipes(folder: Path) -> None:
     (folder / "key.toml").write_text("[moe]\ntopk = 2\n")
-    (folder / "table.toml").write_text("[modle]\nnum_layers = 2\n")
+    (folder / "table.toml").write_text("[modl]\nnum_layers = 2\n")
     (folder / "broken.toml").write_text("[model\n")
     (folder / "type.toml").write_text('[model]\nnum_layers = "two"\n')
 

@@ -17,8 +17,8 @@ SCRIPT = ROOT / "examples/launch/slurm.sbatch"
 SRUN = """#!/bin/bash
 while [[ $1 == --* ]]; do shift; done
 pids=()
-for rank in 0 1; do SLURM_PROCID=$rank setsid "$@" & pids+=($!); done
 trap 'again=yes; for pid in "${pids[@]}"; do kill -USR1 -- -$pid; done' USR1
+for rank in 0 1; do SLURM_PROCID=$rank setsid "$@" & pids+=($!); done
 most=0
 for pid in "${pids[@]}"; do
     again=yes
@@ -32,11 +32,11 @@ if [[ $1 == show ]]; then for node in {7..99}; do echo "node$node"; done; else e
 """
 # stands in for `python -m megatron_moe.pretrain CODE0 CODE1`: ends with the code for its rank, or waits for USR1
 PYTHON = """#!/bin/bash
+trap 'exit 75' USR1
 printf '%s\\n' "$MASTER_ADDR $MASTER_PORT" "$@" >"$FAKE/seen$SLURM_PROCID"
 shift 2
 code=$1
 [[ $SLURM_PROCID == 1 ]] && code=$2
-trap 'exit 75' USR1
 [[ $code == wait ]] && while true; do sleep 0.05; done
 exit $code
 """
@@ -112,7 +112,6 @@ def test_the_queues_signal_reaches_the_ranks_and_the_job_comes_back(cluster: dic
     process = start(cluster, "wait", "wait")
     while not all(Path(cluster["FAKE"], f"seen{rank}").exists() for rank in (0, 1)):
         time.sleep(0.05)
-    time.sleep(0.2)  # the stand-in sets its trap after it has told what it saw
     os.kill(process.pid, signal.SIGUSR1)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 75, said

@@ -59,7 +59,7 @@ while (($# > 0)); do
 done
 
 cd "$repository"
-export PYTHONPATH=.
+export PYTHONPATH=. HF_HUB_OFFLINE=1
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 

@@ -286,6 +286,8 @@ def report(case: Case, shape: dict[str, Any], timings: dict[str, Timing], ceilin
 def report_memory(peers: Peers, tokens: Tensor, rows: Tensor, shape: dict[str, Any], record: Recorder) -> None:
     """What is kept for the backward pass, and the high-water mark of forward + backward above the weights."""
     for name, function, weights, is_dense in peers.named():
+        if "compiled" in name:  # hooks on saved tensors would compile it anew
+            continue
         given = rows if is_dense else tokens
         kept = saved_bytes(lambda function=function, given=given: function(given), weights)  # type: ignore[misc]
         how = "bytes of the storages that autograd saves, weights left out"

@@ -79,7 +79,10 @@ class Recorder:
     def _save(self) -> None:
         found = {"machine": machine(self.device), "quick": self.quick}
         found |= {"figures": self.figures, "checks": self.checks, "skipped": self.skipped}
-        (self.folder / f"{self.part}.json").write_text(json.dumps(found))
+        # renamed into place: a part that is killed while it writes leaves the file before
+        unfinished = self.folder / f"{self.part}.partial"
+        unfinished.write_text(json.dumps(found))
+        unfinished.replace(self.folder / f"{self.part}.json")
 
 
 def _how(timing: Timing, scale: float) -> dict[str, Any]:

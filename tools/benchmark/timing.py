@@ -14,6 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 Variant = Callable[[int], object]  # takes the number of the round, by which it chooses among its input sets
 
 FLUSH_BYTES = 1 << 28  # several times the L2 of any card in use
+SLOW = 5.0  # times the median variant: its every round would cost the others many of theirs
 
 
 @dataclass(frozen=True)
@@ -82,23 +83,25 @@ def measure(
     """Times each variant once a round, in an order that turns by one each round.
 
     seconds: about how long all rounds together may take; at least `least` and at most `most` of them run, after two
-    that do not count.
+    that do not count.  A variant much slower than the others (SLOW) leaves after the first `least` rounds.
     """
 
     def once(name: str, turn: int) -> float:
         return clock.time(lambda: variants[name](turn))
 
-    warm = [sum(once(name, turn) for name in variants) for turn in range(2)]
-    round_seconds = max(warm[-1], 1e-9)
-    rounds = max(least, min(most, int(seconds / round_seconds)))
-    names = list(variants)
-    found: dict[str, list[float]] = {name: [] for name in names}
+    warm = [{name: once(name, turn) for name in variants} for turn in range(2)][-1]
+    limit = SLOW * statistics.median(warm.values())
+    lasting = sum(taken for taken in warm.values() if taken <= limit)
+    slow = least * (sum(warm.values()) - lasting)
+    rounds = max(least, min(most, int((seconds - slow) / max(lasting, 1e-9))))
+    found: dict[str, list[float]] = {name: [] for name in variants}
     for turn in range(rounds):
+        names = [name for name in variants if turn < least or warm[name] <= limit]
         shift = turn % len(names)
         for name in names[shift:] + names[:shift]:
             found[name].append(once(name, turn))
     return {
-        name: Timing(statistics.median(times), min(times), max(times), rounds, clock.method)
+        name: Timing(statistics.median(times), min(times), max(times), len(times), clock.method)
         for name, times in found.items()
     }
 
