@@ -9,6 +9,27 @@
 
 REPOSITORY=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
+# Takes --venv DIR and --torch-index URL out of the arguments: sets venv, torch_index and rest (all the others).
+take_environment_options() {
+    venv=$REPOSITORY/.venv torch_index="" rest=()
+    while (($# > 0)); do
+        case $1 in
+        --venv | --torch-index)
+            if (($# < 2)); then
+                echo "$1 needs a value" >&2
+                return 2
+            fi
+            if [[ $1 == --venv ]]; then venv=$(realpath -m "$2"); else torch_index=$2; fi
+            shift 2
+            ;;
+        *)
+            rest+=("$1")
+            shift
+            ;;
+        esac
+    done
+}
+
 milliseconds() {
     date +%s%3N
 }

@@ -16,25 +16,12 @@ Everything else goes to pytest, its paths relative to the repository: bash tests
 TEXT
 }
 
-venv=$REPOSITORY/.venv
-torch_index=""
-while (($# > 0)); do
-    case $1 in
-    --venv | --torch-index)
-        if (($# < 2)); then
-            echo "$1 needs a value" >&2
-            exit 2
-        fi
-        if [[ $1 == --venv ]]; then venv=$(realpath -m "$2"); else torch_index=$2; fi
-        shift 2
-        ;;
-    -h | --help)
-        usage
-        exit 0
-        ;;
-    *) break ;;
-    esac
-done
+venv="" torch_index="" rest=()
+take_environment_options "$@"
+if [[ ${rest[0]:-} == -h || ${rest[0]:-} == --help ]]; then
+    usage
+    exit 0
+fi
 
 cd "$REPOSITORY"
 stage "environment ready: $venv" make_environment test "$venv" "$torch_index"
@@ -51,7 +38,7 @@ check "shellcheck: ${#scripts[@]} scripts" shellcheck "${scripts[@]}"
 check "hadolint" hadolint docker/Dockerfile.cpu docker/Dockerfile.cuda
 check "codespell" codespell
 # plugins of a surrounding environment stay out; the two that are needed are named
-check "pytest" env PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 python -m pytest -p timeout -p hypothesispytest "$@"
+check "pytest" env PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 python -m pytest -p timeout -p hypothesispytest "${rest[@]}"
 
 if ((${#failed[@]} > 0)); then
     printf 'FAILED: %s\n' "${failed[*]}" >&2

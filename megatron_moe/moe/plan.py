@@ -52,7 +52,6 @@ class RoutingPlan:
     token_ids: Tensor  # (N,) int64 local row
     expert_ids: Tensor  # (N,) int64
     combine_weights: Tensor  # (N,) wide; weight of the expert's answer, carries the router's gradient
-    choices: int = 0  # K when assignments stand token by token, K each; 0 when they stand anyhow
     priority: Tensor | None = None  # (N,) lower is served first; ties, and None, follow TokenInfo.keys
     aux_losses: dict[str, AuxLoss] = field(default_factory=dict)
     stats: dict[str, Tensor] = field(default_factory=dict)  # detached; summed over step and ranks
@@ -97,7 +96,6 @@ def plan_from_choices(
         token_ids=token_ids,
         expert_ids=expert_ids.reshape(-1),
         combine_weights=weights.reshape(-1),
-        choices=choices,
         priority=None if priority is None else priority.reshape(-1),
         aux_losses=aux_losses or {},
         stats=stats or {},

@@ -1,81 +1,80 @@
-"""Rows into expert order and home again. Gathers only, both ways, so that sums have one order (no atomics)."""
+"""Tokens to rows in another order, and weighted answers home again. Every sum has one order: gathers, no atomics."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 
-def invert(order: Tensor, size: int) -> Tensor:
-    """Where each of `size` items stands in `order` (R,), or R when it is not in it."""
-    inverse = torch.full((size,), order.shape[0], dtype=torch.int64, device=order.device)
-    inverse[order] = torch.arange(order.shape[0], device=order.device)
-    return inverse
+@dataclass(frozen=True)
+class Copies:
+    """Which token each of R rows is a copy of; a token may have any number of copies, also none."""
+
+    token_ids: Tensor  # (R,)
+    by_token: Tensor  # (R,) the rows, token after token
+    starts: Tensor  # (T,) where in by_token each token's rows begin
 
 
-def _take_or_zero(rows: Tensor, places: Tensor) -> Tensor:
-    """rows[places], zeros where a place is len(rows)."""
-    found = rows.shape[0]
-    if found == 0:
-        return rows.new_zeros((places.shape[0], *rows.shape[1:]))
-    taken = rows[places.clamp(max=found - 1)]
-    return taken.masked_fill_((places == found).view(-1, *(1,) * (rows.dim() - 1)), 0)
+def copies_of(token_ids: Tensor, num_tokens: int) -> Copies:
+    """Sorts the rows by token: token_ids (R,) int64 below num_tokens."""
+    sorted_ids, by_token = token_ids.sort(stable=True)
+    tokens = torch.arange(num_tokens, device=token_ids.device)
+    return Copies(token_ids, by_token, torch.searchsorted(sorted_ids, tokens))
 
 
-def _sum_to_tokens(rows: Tensor, token_ids: Tensor, num_tokens: int, choices: int) -> Tensor:
-    """(N, H) -> (T, H): add the rows of each token; with `choices` the rows stand token by token, that many each."""
-    if choices:
-        return rows.view(num_tokens, choices, rows.shape[1]).sum(dim=1)
-    return rows.new_zeros((num_tokens, rows.shape[1])).index_add_(0, token_ids, rows)
+def _sum_copies(rows: Tensor, by_token: Tensor, starts: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Σ weight · row over each token's copies: rows (R, H), weights (R,) of the same dtype, None = 1 -> (T, H).
+
+    Without weights, bfloat16 is summed in float32 and rounded once.
+    """
+    if weights is not None:
+        weights = weights.index_select(0, by_token)
+    return F.embedding_bag(by_token, rows.contiguous(), starts, mode="sum", per_sample_weights=weights)
 
 
 class _Permute(Function):
     @staticmethod
-    def forward(ctx: Any, tokens: Tensor, token_ids: Tensor, order: Tensor, choices: int) -> Tensor:
-        ctx.save_for_backward(token_ids, order)
-        ctx.num_tokens, ctx.choices = tokens.shape[0], choices
-        return tokens[token_ids[order]]
+    def forward(ctx: Any, tokens: Tensor, copies: Copies) -> Tensor:
+        ctx.save_for_backward(copies.by_token, copies.starts)
+        return tokens.index_select(0, copies.token_ids)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        token_ids, order = ctx.saved_tensors
-        rows = _take_or_zero(grad, invert(order, token_ids.shape[0]))
-        return _sum_to_tokens(rows, token_ids, ctx.num_tokens, ctx.choices), None, None, None
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _sum_copies(grad, *ctx.saved_tensors), None
 
 
-class _Unpermute(Function):
+class _Combine(Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, order: Tensor, size: int) -> Tensor:
-        ctx.save_for_backward(order)
-        return _take_or_zero(rows, invert(order, size))
+    def forward(ctx: Any, answers: Tensor, weights: Tensor, copies: Copies) -> Tensor:
+        ctx.save_for_backward(answers, weights, copies.token_ids)
+        # detached: else the bag prepares a backward pass of its own
+        wide = answers.detach().to(weights.dtype)
+        return _sum_copies(wide, copies.by_token, copies.starts, weights.detach()).to(answers.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (order,) = ctx.saved_tensors
-        return grad[order], None, None
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        answers, weights, token_ids = ctx.saved_tensors
+        rows = grad.to(weights.dtype).index_select(0, token_ids)
+        weights_grad = (answers * rows).sum(dim=1) if ctx.needs_input_grad[1] else None
+        return rows.mul_(weights[:, None]).to(answers.dtype), weights_grad, None
 
 
-def permute(tokens: Tensor, token_ids: Tensor, order: Tensor, choices: int) -> Tensor:
-    """tokens (T, H) -> (R, H): the rows of the assignments `order` (R,), whose tokens token_ids (N,) names.
-
-    choices: K when the assignments stand token by token, K each; 0 when they stand anyhow.
-    """
-    rows: Tensor = _Permute.apply(tokens, token_ids, order, choices)
+def permute(tokens: Tensor, copies: Copies) -> Tensor:
+    """(T, H) -> (R, H): each row's token."""
+    rows: Tensor = _Permute.apply(tokens, copies)
     return rows
 
 
-def unpermute(rows: Tensor, order: Tensor, size: int) -> Tensor:
-    """(R, H) in the order of the assignments `order` -> (size, H) in the plan's order, zeros where nothing came."""
-    home: Tensor = _Unpermute.apply(rows, order, size)
-    return home
+def combine(answers: Tensor, weights: Tensor, copies: Copies) -> Tensor:
+    """Σ weight · answer over each token's copies, summed in the dtype of the weights.
 
-
-def combine(home: Tensor, weights: Tensor, token_ids: Tensor, num_tokens: int, choices: int) -> Tensor:
-    """Σ weight · answer over each token's assignments, summed wide: home (N, H), weights (N,) -> (T, H)."""
-    weighted = home.to(weights.dtype) * weights[:, None]
-    if choices:
-        total = weighted.view(num_tokens, choices, weighted.shape[1]).sum(dim=1)
-    else:
-        total = weighted.new_zeros((num_tokens, home.shape[1])).index_add(0, token_ids, weighted)
-    return total.to(home.dtype)
+    answers: (R, H).   weights: (R,), at least as wide.   Returns (T, H) in the answers' dtype, zeros for no copy.
+    """
+    total: Tensor = _Combine.apply(answers, weights, copies)
+    return total

@@ -1,105 +1,123 @@
-"""Rows into expert order and home again, against loops; with assignments that went to nobody."""
+"""Tokens into rows and weighted answers home again, against loops; some tokens have no row, some have many."""
 
 import pytest
 import torch
 from torch import Tensor
 
-from megatron_moe.ops.permute import combine, invert, permute, unpermute
+from megatron_moe.ops.permute import combine, copies_of, permute
 
 T, H, K = 5, 3, 2
-TOKEN_IDS = torch.arange(T).repeat_interleave(K)
-# assignments 0..9 in expert order; 3 and 8 were dropped
-ORDERS = [
-    torch.tensor([7, 0, 5, 9, 1, 2, 6, 4]),
-    torch.tensor([4, 9, 0, 6, 1, 8, 3, 2, 7, 5]),
-    torch.tensor([], dtype=torch.int64),
-]
-ANYHOW = torch.tensor([4, 0, 0, 2, 2, 2, 1])  # token 3 has no assignment, token 2 has three
+# each row's token: all assignments of two choices; one of token 1 and of token 4 dropped; token 3 with no row and
+# token 2 with three; none at all
+ROWS = [[2, 4, 0, 3, 0, 4, 1, 1, 3, 2], [3, 0, 2, 4, 0, 1, 3, 2], [4, 2, 0, 2, 0, 1, 2], []]
+
+
+def ids(rows: list[int]) -> Tensor:
+    return torch.tensor(rows, dtype=torch.int64)
 
 
 def values(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
 
 
-@pytest.mark.parametrize("order", ORDERS)
-def test_invert_says_where_each_stands(order: Tensor) -> None:
-    found = invert(order, 10).tolist()
-    listed = order.tolist()
-    assert found == [listed.index(item) if item in listed else len(listed) for item in range(10)]
+@pytest.mark.parametrize("rows", ROWS)
+def test_a_tokens_rows_are_listed_in_order(rows: list[int]) -> None:
+    copies = copies_of(ids(rows), T)
+    ends = [*copies.starts.tolist()[1:], len(rows)]
+    for token, (start, end) in enumerate(zip(copies.starts.tolist(), ends, strict=True)):
+        assert copies.by_token[start:end].tolist() == [row for row, of in enumerate(rows) if of == token]
 
 
-@pytest.mark.parametrize("order", ORDERS)
-def test_permute_brings_each_assignments_token(order: Tensor) -> None:
-    tokens = values(T, H)
-    found = permute(tokens, TOKEN_IDS, order, K)
-    assert found.shape == (len(order), H)
-    for row, assignment in enumerate(order.tolist()):
-        assert torch.equal(found[row], tokens[assignment // K])
-
-
-@pytest.mark.parametrize("order", ORDERS)
-def test_unpermute_brings_rows_home_and_zeros_where_none_came(order: Tensor) -> None:
-    rows = values(len(order), H)
-    home = unpermute(rows, order, 10)
-    listed = order.tolist()
-    for assignment in range(10):
-        wanted = rows[listed.index(assignment)] if assignment in listed else torch.zeros(H, dtype=rows.dtype)
-        assert torch.equal(home[assignment], wanted)
-
-
-@pytest.mark.parametrize(("token_ids", "choices"), [(TOKEN_IDS, K), (TOKEN_IDS, 0), (ANYHOW, 0)])
-def test_combine_sums_each_tokens_weighted_answers(token_ids: Tensor, choices: int) -> None:
-    home, weights = values(len(token_ids), H), values(len(token_ids))
+@pytest.mark.parametrize("rows", ROWS)
+def test_permute_brings_each_rows_token_and_adds_up_its_gradients(rows: list[int]) -> None:
+    tokens, upward = values(T, H), values(len(rows), H).detach()
+    found = permute(tokens, copies_of(ids(rows), T))
+    assert found.shape == (len(rows), H)
     wanted = torch.zeros(T, H, dtype=torch.float64)
-    for assignment, token in enumerate(token_ids.tolist()):
-        wanted[token] += weights.detach()[assignment] * home.detach()[assignment]
-    torch.testing.assert_close(combine(home, weights, token_ids, T, choices).detach(), wanted)
-    assert torch.autograd.gradcheck(lambda a, b: combine(a, b, token_ids, T, choices), (home, weights))
+    for row, token in enumerate(rows):
+        assert torch.equal(found[row], tokens[token])
+        wanted[token] += upward[row]
+    found.backward(upward)
+    assert tokens.grad is not None
+    torch.testing.assert_close(tokens.grad, wanted)
 
 
-@pytest.mark.parametrize("order", ORDERS[:2])
-@pytest.mark.parametrize("choices", [K, 0])
-def test_gradient_of_the_way_there(order: Tensor, choices: int) -> None:
-    assert torch.autograd.gradcheck(lambda tokens: permute(tokens, TOKEN_IDS, order, choices), values(T, H))
+@pytest.mark.parametrize("rows", ROWS)
+def test_combine_sums_each_tokens_weighted_answers(rows: list[int]) -> None:
+    answers, weights = values(len(rows), H), values(len(rows))
+    wanted = torch.zeros(T, H, dtype=torch.float64)
+    for row, token in enumerate(rows):
+        wanted[token] += weights.detach()[row] * answers.detach()[row]
+    torch.testing.assert_close(combine(answers, weights, copies_of(ids(rows), T)).detach(), wanted)
 
 
-def test_gradient_of_the_way_there_when_assignments_stand_anyhow() -> None:
-    order = torch.tensor([6, 2, 0, 4, 1])
-    assert torch.autograd.gradcheck(lambda tokens: permute(tokens, ANYHOW, order, 0), values(T, H))
+@pytest.mark.parametrize("rows", ROWS[:3])
+def test_gradients_equal_differences(rows: list[int]) -> None:
+    copies = copies_of(ids(rows), T)
+    assert torch.autograd.gradcheck(lambda tokens: permute(tokens, copies), values(T, H))
+    assert torch.autograd.gradcheck(lambda a, b: combine(a, b, copies), (values(len(rows), H), values(len(rows))))
 
 
-@pytest.mark.parametrize("order", ORDERS[:2])
-def test_gradient_of_the_way_home(order: Tensor) -> None:
-    assert torch.autograd.gradcheck(lambda rows: unpermute(rows, order, 10), values(len(order), H))
+def test_weights_without_gradient_get_none() -> None:
+    answers, weights = values(len(ROWS[0]), H), values(len(ROWS[0])).detach()
+    assert torch.autograd.gradcheck(lambda a: combine(a, weights, copies_of(ids(ROWS[0]), T)), (answers,))
+    assert weights.grad is None
 
 
-@pytest.mark.parametrize("choices", [K, 0])
-def test_when_everything_was_dropped_the_gradient_is_zero(choices: int) -> None:
-    tokens = values(T, H)
-    rows = permute(tokens, TOKEN_IDS, ORDERS[2], choices)
-    home = unpermute(rows, ORDERS[2], 10)
-    combine(home, torch.ones(10, dtype=torch.float64), TOKEN_IDS, T, choices).sum().backward()
-    assert tokens.grad is not None and not tokens.grad.any()
+@pytest.mark.parametrize("num_tokens", [T, 0])
+def test_when_there_is_no_row_answers_and_gradients_are_zero(num_tokens: int) -> None:
+    tokens, weights = values(num_tokens, H), values(0)
+    copies = copies_of(ids([]), num_tokens)
+    out = combine(permute(tokens, copies), weights, copies)
+    assert out.shape == (num_tokens, H) and not out.any()
+    out.sum().backward()
+    assert tokens.grad is not None and tokens.grad.shape == (num_tokens, H) and not tokens.grad.any()
+    assert weights.grad is not None and weights.grad.shape == (0,)
 
 
-def test_no_tokens_at_all() -> None:
-    none = torch.zeros(0, dtype=torch.int64)
-    tokens = torch.zeros(0, H, requires_grad=True)
-    home = unpermute(permute(tokens, none, none, K), none, 0)
-    combine(home, torch.zeros(0), none, 0, K).sum().backward()
-    assert tokens.grad is not None and tokens.grad.shape == (0, H)
+def test_a_bad_number_stays_with_its_token() -> None:
+    answers = torch.ones(7, H)
+    answers[0] = float("inf")  # of token 4
+    out = combine(answers, torch.ones(7), copies_of(ids(ROWS[2]), T))
+    assert out.isfinite().all(dim=1).tolist() == [True, True, True, True, False]
 
 
 def test_there_and_home_with_equal_weights_gives_the_tokens_back() -> None:
-    tokens = values(T, H)
-    rows = permute(tokens, TOKEN_IDS, ORDERS[1], K)
-    home = unpermute(rows, ORDERS[1], 10)
-    weights = torch.full((10,), 1 / K, dtype=torch.float64)
-    torch.testing.assert_close(combine(home, weights, TOKEN_IDS, T, K), tokens)
+    tokens, copies = values(T, H), copies_of(ids(ROWS[0]), T)
+    weights = torch.full((T * K,), 1 / K, dtype=torch.float64)
+    torch.testing.assert_close(combine(permute(tokens, copies), weights, copies), tokens)
 
 
 def test_answers_are_summed_as_wide_as_their_weights() -> None:
-    home = torch.tensor([[1e8], [1.0], [-1e8]])  # float32 loses the 1
-    found = combine(home, torch.ones(3, dtype=torch.float64), torch.zeros(3, dtype=torch.int64), 1, 3)
+    answers = torch.tensor([[1e8], [1.0], [-1e8]])  # float32 loses the 1
+    found = combine(answers, torch.ones(3, dtype=torch.float64), copies_of(ids([0, 0, 0]), 1))
     assert found.dtype == torch.float32
     assert found.tolist() == [[1.0]]
+
+
+def test_weights_of_bfloat16_answers_are_not_rounded() -> None:
+    answers = torch.tensor([[256.0], [-256.0]], dtype=torch.bfloat16)
+    weights = torch.tensor([1 + 2**-12, 1.0], requires_grad=True)  # bfloat16 has 8 bits
+    found = combine(answers, weights, copies_of(ids([0, 0]), 1))
+    assert found.dtype == torch.bfloat16
+    assert found.tolist() == [[2**-4]]
+    found.backward(torch.ones_like(found))
+    assert weights.grad is not None and weights.grad.tolist() == [256.0, -256.0]
+
+
+@pytest.mark.parametrize("width", [1, 40])
+def test_bfloat16_gradients_are_summed_wide(width: int) -> None:
+    tokens = torch.zeros(1, width, dtype=torch.bfloat16, requires_grad=True)
+    upward = torch.ones(9, width, dtype=torch.bfloat16)
+    upward[0] = 256  # the next bfloat16 is 258: added one by one the ones would be lost
+    permute(tokens, copies_of(ids([0] * 9), 1)).backward(upward)
+    assert tokens.grad is not None and tokens.grad.tolist() == [[264.0] * width]
+
+
+def test_shapes_are_found_without_values() -> None:
+    copies = copies_of(torch.zeros(7, dtype=torch.int64, device="meta"), T)
+    tokens = torch.zeros(T, H, device="meta", requires_grad=True)
+    out = combine(permute(tokens, copies), torch.zeros(7, device="meta", requires_grad=True), copies)
+    out.sum().backward()
+    assert out.shape == (T, H)
+    assert tokens.grad is not None and tokens.grad.shape == (T, H)

@@ -16,7 +16,7 @@ from megatron_moe.layers.loss import vocabulary_cross_entropy
 from megatron_moe.models.whole import plain_context
 from megatron_moe.ops.activation import ACTIVATIONS
 from megatron_moe.ops.grouped_gemm import grouped_linear, loop_product, native_product
-from megatron_moe.ops.permute import combine, permute, unpermute
+from megatron_moe.ops.permute import combine, copies_of, permute
 from megatron_moe.ops.rotary import rotary_angles, rotate
 from megatron_moe.parallel.state import ParallelState
 from tools.benchmark.model_correctness import check_model, check_training_step
@@ -129,19 +129,15 @@ def check_permutation(dtype: str, record: Recorder) -> None:
     there = [tensor.to(record.device) for tensor in (order, token_ids)]
     weights = torch.rand(tokens * choices, dtype=torch.float64)
 
-    for kept_choices in (choices, 0):
+    def function(hidden: Tensor, weights: Tensor) -> Tensor:
+        copies = copies_of(there[1][there[0]], tokens)
+        return combine(permute(hidden, copies), weights.float()[there[0]], copies)
 
-        def function(hidden: Tensor, weights: Tensor, kept_choices: int = kept_choices) -> Tensor:
-            rows = permute(hidden, there[1], there[0], kept_choices)
-            home = unpermute(rows, there[0], tokens * choices)
-            return combine(home, weights.float(), there[1], tokens, kept_choices)
+    def reference(hidden: Tensor, weights: Tensor) -> Tensor:
+        # what goes out comes back as it was: each token times the sum of its served weights
+        return (weights * (expert_ids < experts)).view(tokens, choices).sum(dim=1)[:, None] * hidden
 
-        def reference(hidden: Tensor, weights: Tensor) -> Tensor:
-            # what goes out comes back as it was: each token times the sum of its served weights
-            return (weights * (expert_ids < experts)).view(tokens, choices).sum(dim=1)[:, None] * hidden
-
-        name = "permute, unpermute, combine" + ("" if kept_choices else ", assignments in any order")
-        compare(name, function, reference, [random(tokens, width), weights], dtype, record)
+    compare("permute, combine", function, reference, [random(tokens, width), weights], dtype, record)
 
 
 def check_rotary(dtype: str, record: Recorder) -> None:

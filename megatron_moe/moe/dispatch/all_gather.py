@@ -7,14 +7,13 @@ from torch import Tensor
 
 from megatron_moe.moe.dispatch.dispatcher import Dispatcher, ExpertBatch
 from megatron_moe.moe.plan import RoutingPlan
-from megatron_moe.ops.permute import permute
+from megatron_moe.ops.permute import Copies, combine, copies_of, permute
 from megatron_moe.parallel.collectives import gather_counts, gather_for_partial, reduce_scatter
 
 
 @dataclass(frozen=True)
 class _WayHome:
-    num_tokens: int  # of all ranks
-    token_ids: Tensor  # (R,) row among all tokens, by expert
+    copies: Copies  # the rows by expert, of all ranks' tokens
     weights: Tensor  # (R,)
     etp_rows: list[int]
     ep_rows: list[int]
@@ -40,13 +39,12 @@ class AllGatherDispatcher(Dispatcher):
         local = local.where((local >= 0) & (local < self.local_experts), self.local_experts)
         counts: list[int] = local.bincount(minlength=self.local_experts + 1)[: self.local_experts].tolist()
         order = local.argsort(stable=True)[: sum(counts)]
-        rows = permute(everyone, who[:, 0], order, 0)
-        way = _WayHome(everyone.shape[0], who[:, 0][order], weights[order], etp_rows, ep_rows)
-        return ExpertBatch(rows, counts, way)
+        copies = copies_of(who[:, 0][order], everyone.shape[0])
+        way = _WayHome(copies, weights.index_select(0, order), etp_rows, ep_rows)
+        return ExpertBatch(permute(everyone, copies), counts, way)
 
     def combine(self, answers: Tensor, batch: ExpertBatch) -> Tensor:
         way: _WayHome = batch.way_home
-        weighted = answers.to(way.weights.dtype) * way.weights[:, None]
-        total = weighted.new_zeros((way.num_tokens, answers.shape[1])).index_add(0, way.token_ids, weighted)
+        total = combine(answers.to(way.weights.dtype), way.weights, way.copies)
         mine = reduce_scatter(reduce_scatter(total, self.ep, way.ep_rows), self.etp, way.etp_rows)
         return mine.to(answers.dtype)

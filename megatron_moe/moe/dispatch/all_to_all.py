@@ -8,18 +8,18 @@ from torch import Tensor
 from megatron_moe.moe.dispatch.dispatcher import Dispatcher, ExpertBatch
 from megatron_moe.moe.dispatch.local import by_expert
 from megatron_moe.moe.plan import RoutingPlan
-from megatron_moe.ops.permute import combine, permute, unpermute
+from megatron_moe.ops.permute import Copies, combine, copies_of, permute
 from megatron_moe.parallel.collectives import exchange, gather_for_partial, reduce_scatter
 
 
 @dataclass(frozen=True)
 class _WayHome:
-    plan: RoutingPlan
-    order: Tensor  # (rows sent,) assignments by expert
+    copies: Copies  # the rows sent, by expert
+    weights: Tensor  # (rows sent,)
     send: list[int]  # rows to each rank of ep
     receive: list[int]  # rows from each rank of ep
     parts: list[int]  # rows that each rank of etp brings
-    grouping: Tensor  # (R,) received rows by expert
+    back: Copies  # from experts' order to that of arrival
 
 
 class AllToAllDispatcher(Dispatcher):
@@ -27,7 +27,9 @@ class AllToAllDispatcher(Dispatcher):
 
     def dispatch(self, tokens: Tensor, plan: RoutingPlan) -> ExpertBatch:
         order, counts = by_expert(plan)
-        rows = permute(tokens, plan.token_ids, order, plan.choices)
+        copies = copies_of(plan.token_ids[order], plan.num_tokens)
+        weights = plan.combine_weights.index_select(0, order)
+        rows = permute(tokens, copies)
         arriving = self._arriving(counts, tokens.device)  # (etp, ep, e)
         send = [sum(counts[r * self.local_experts : (r + 1) * self.local_experts]) for r in range(self.ep.size)]
         receive: list[int] = arriving[self.etp.rank].sum(dim=-1).tolist()
@@ -37,11 +39,11 @@ class AllToAllDispatcher(Dispatcher):
         # received as (etp, ep, expert) runs; experts want (expert, etp, ep)
         runs = torch.arange(self.local_experts).repeat(self.etp.size * self.ep.size)
         grouping = runs.repeat_interleave(arriving.reshape(-1)).argsort(stable=True).to(tokens.device)
-        everyone = torch.arange(rows.shape[0], device=tokens.device)
-        rows = permute(rows, everyone, grouping, 1)
-        return ExpertBatch(
-            rows, arriving.sum(dim=(0, 1)).tolist(), _WayHome(plan, order, send, receive, parts, grouping)
-        )
+        grouped = copies_of(grouping, rows.shape[0])
+        # of a permutation: the inverse
+        back = Copies(grouped.by_token, grouped.token_ids, grouped.starts)
+        way = _WayHome(copies, weights, send, receive, parts, back)
+        return ExpertBatch(permute(rows, grouped), arriving.sum(dim=(0, 1)).tolist(), way)
 
     def _arriving(self, counts: list[int], device: torch.device) -> Tensor:
         """(etp, ep, e) on the host: rows for each local expert from each rank of ep, for each rank of etp."""
@@ -52,9 +54,7 @@ class AllToAllDispatcher(Dispatcher):
 
     def combine(self, answers: Tensor, batch: ExpertBatch) -> Tensor:
         way: _WayHome = batch.way_home
-        plan = way.plan
-        rows = unpermute(answers, way.grouping, way.grouping.shape[0])
+        rows = permute(answers, way.back)
         rows = reduce_scatter(rows, self.etp, way.parts)
         rows = exchange(rows, self.ep, way.receive, way.send)
-        home = unpermute(rows, way.order, plan.token_ids.shape[0])
-        return combine(home, plan.combine_weights, plan.token_ids, plan.num_tokens, plan.choices)
+        return combine(rows, way.weights, way.copies)

@@ -6,13 +6,13 @@ from torch import Tensor
 
 from megatron_moe.moe.dispatch.dispatcher import Dispatcher, ExpertBatch
 from megatron_moe.moe.plan import RoutingPlan
-from megatron_moe.ops.permute import combine, permute, unpermute
+from megatron_moe.ops.permute import Copies, combine, copies_of, permute
 
 
 @dataclass(frozen=True)
 class _WayHome:
-    plan: RoutingPlan
-    order: Tensor  # (R,) assignments by expert
+    copies: Copies
+    weights: Tensor  # (R,)
 
 
 def by_expert(plan: RoutingPlan) -> tuple[Tensor, list[int]]:
@@ -23,15 +23,14 @@ def by_expert(plan: RoutingPlan) -> tuple[Tensor, list[int]]:
 
 
 class LocalDispatcher(Dispatcher):
-    """Permutes, computes, permutes back."""
+    """Brings rows into expert order, and adds up the answers from there."""
 
     def dispatch(self, tokens: Tensor, plan: RoutingPlan) -> ExpertBatch:
         order, counts = by_expert(plan)
-        rows = permute(tokens, plan.token_ids, order, plan.choices)
-        return ExpertBatch(rows, counts, _WayHome(plan, order))
+        copies = copies_of(plan.token_ids[order], plan.num_tokens)
+        weights = plan.combine_weights.index_select(0, order)
+        return ExpertBatch(permute(tokens, copies), counts, _WayHome(copies, weights))
 
     def combine(self, answers: Tensor, batch: ExpertBatch) -> Tensor:
         way: _WayHome = batch.way_home
-        plan = way.plan
-        home = unpermute(answers, way.order, plan.token_ids.shape[0])
-        return combine(home, plan.combine_weights, plan.token_ids, plan.num_tokens, plan.choices)
+        return combine(answers, way.weights, way.copies)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_moe.moe.dispatch.dispatcher import Dispatcher, ExpertBatch
 from megatron_moe.moe.plan import RoutingPlan
-from megatron_moe.ops.permute import permute
+from megatron_moe.ops.permute import Copies, combine, copies_of, permute
 from megatron_moe.parallel.collectives import exchange, gather_counts, gather_for_partial, reduce_scatter
 
 
@@ -18,7 +18,7 @@ from megatron_moe.parallel.collectives import exchange, gather_counts, gather_fo
 class _Visits:
     """Which token goes to which rank of ep, once each."""
 
-    token_ids: Tensor  # (V,) by rank, then token
+    copies: Copies  # the visits (V,) by rank, then token
     send: list[int]  # visits to each rank
     assignments: Tensor  # (A,) plan's assignments by rank; nobody's left out
     visit_of: Tensor  # (A,) each assignment's visit, counted within its rank
@@ -27,11 +27,10 @@ class _Visits:
 
 @dataclass(frozen=True)
 class _WayHome:
-    num_tokens: int
     visits: _Visits
     receive: list[int]
     parts: list[int]  # rows of each rank of etp
-    row_ids: Tensor  # (R,) received row of each assignment, by expert
+    copies: Copies  # the assignments by expert, of the rows received
     weights: Tensor  # (R,)
 
 
@@ -44,9 +43,9 @@ class OnePerRankDispatcher(Dispatcher):
         who, weights = self._send_assignments(plan, visits, receive, parts)
         counts: list[int] = who[:, 1].bincount(minlength=self.local_experts).tolist()
         order = who[:, 1].argsort(stable=True)
-        row_ids = who[:, 0][order]
-        way = _WayHome(plan.num_tokens, visits, receive, parts, row_ids, weights[order])
-        return ExpertBatch(permute(rows, who[:, 0], order, 0), counts, way)
+        copies = copies_of(who[:, 0][order], rows.shape[0])
+        way = _WayHome(visits, receive, parts, copies, weights.index_select(0, order))
+        return ExpertBatch(permute(rows, copies), counts, way)
 
     def _visits(self, plan: RoutingPlan) -> _Visits:
         real = (plan.expert_ids < self.num_experts).nonzero().squeeze(1)
@@ -58,7 +57,7 @@ class OnePerRankDispatcher(Dispatcher):
         send = (unique // max(1, plan.num_tokens)).bincount(minlength=self.ep.size)
         first = send.cumsum(0) - send
         return _Visits(
-            token_ids=unique % max(1, plan.num_tokens),
+            copies=copies_of(unique % max(1, plan.num_tokens), plan.num_tokens),
             send=send.tolist(),
             assignments=assignments,
             visit_of=visit - first[ranks],
@@ -67,8 +66,7 @@ class OnePerRankDispatcher(Dispatcher):
 
     def _send_rows(self, tokens: Tensor, visits: _Visits) -> tuple[Tensor, list[int], list[int]]:
         receive = self._swap_counts(visits.send, tokens.device)
-        everyone = torch.arange(len(visits.token_ids), device=tokens.device)
-        rows = exchange(permute(tokens, visits.token_ids, everyone, 0), self.ep, visits.send, receive)
+        rows = exchange(permute(tokens, visits.copies), self.ep, visits.send, receive)
         parts = gather_counts(rows.shape[0], self.etp, tokens.device)
         return gather_for_partial(rows, self.etp, parts), receive, parts
 
@@ -95,9 +93,7 @@ class OnePerRankDispatcher(Dispatcher):
 
     def combine(self, answers: Tensor, batch: ExpertBatch) -> Tensor:
         way: _WayHome = batch.way_home
-        weighted = answers.to(way.weights.dtype) * way.weights[:, None]
-        rows = weighted.new_zeros((sum(way.parts), answers.shape[1])).index_add(0, way.row_ids, weighted)
+        rows = combine(answers.to(way.weights.dtype), way.weights, way.copies)
         rows = reduce_scatter(rows, self.etp, way.parts).to(answers.dtype)
         home = exchange(rows, self.ep, way.receive, way.visits.send)
-        total = home.new_zeros((way.num_tokens, answers.shape[1]), dtype=way.weights.dtype)
-        return total.index_add(0, way.visits.token_ids, home.to(way.weights.dtype)).to(answers.dtype)
+        return combine(home, way.weights.new_ones(home.shape[0]), way.visits.copies)

@@ -28,7 +28,6 @@ from megatron_moe.moe.plan import RoutingPlan, TokenInfo
 from megatron_moe.moe.routers.options import parse_options
 from megatron_moe.moe.routers.router import Router
 from megatron_moe.parallel.collectives import gather_counts
-from megatron_moe.parallel.state import Axis
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,22 +57,13 @@ class ExpertChoiceRouter(Router):
     )
     options: ExpertChoiceOptions
 
-    def __init__(
-        self,
-        config: MoEConfig,
-        hidden_size: int,
-        options: ExpertChoiceOptions,
-        group_axis: Axis,
-        dtype: torch.dtype,
-        init_std: float,
-    ) -> None:
-        super().__init__(config, hidden_size, options, group_axis, dtype, init_std)
-        if options.capacity > config.num_experts:
+    def setup(self) -> None:
+        super().setup()
+        if self.options.capacity > self.config.num_experts:
             raise ConfigError(
-                f"--moe-router-options capacity={options.capacity:g} asks for more experts per token than "
-                f"--num-experts {config.num_experts}; use {config.num_experts} or less."
+                f"--moe-router-options capacity={self.options.capacity:g} asks for more experts per token than "
+                f"--num-experts {self.config.num_experts}; use {self.config.num_experts} or less."
             )
-        self.weight = self.new_weight((config.num_experts, hidden_size), init_std)
 
     @classmethod
     def choices(cls, config: MoEConfig) -> int:
@@ -83,7 +73,7 @@ class ExpertChoiceRouter(Router):
 
     def forward(self, tokens: Tensor, info: TokenInfo) -> RoutingPlan:
         """tokens: (T, H).  N = num_groups · E · C on every rank; what falls to other ranks' tokens is nobody's here."""
-        logits = tokens.to(self.dtype) @ self.weight.to(self.dtype).T
+        logits = self.logits(tokens)
         scores = logits.softmax(dim=1)
         num_tokens, num_experts = scores.shape
         rows, taken = self._choose(scores.detach(), info)

@@ -24,7 +24,6 @@ from megatron_moe.moe.losses import router_losses, router_stats
 from megatron_moe.moe.plan import RoutingPlan, TokenInfo, plan_from_choices
 from megatron_moe.moe.routers.router import Router
 from megatron_moe.moe.routers.top_k import best_experts
-from megatron_moe.parallel.state import Axis
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,18 +50,6 @@ class GShardRouter(Router):
     unused_fields: ClassVar[tuple[str, ...]] = ("router_topk", "router_pre_softmax")
     options: GShardOptions
 
-    def __init__(
-        self,
-        config: MoEConfig,
-        hidden_size: int,
-        options: GShardOptions,
-        group_axis: Axis,
-        dtype: torch.dtype,
-        init_std: float,
-    ) -> None:
-        super().__init__(config, hidden_size, options, group_axis, dtype, init_std)
-        self.weight = self.new_weight((config.num_experts, hidden_size), init_std)
-
     @classmethod
     def choices(cls, config: MoEConfig) -> int:
         """Assignments of one token, at most."""
@@ -70,7 +57,7 @@ class GShardRouter(Router):
 
     def forward(self, tokens: Tensor, info: TokenInfo) -> RoutingPlan:
         """tokens: (T, H)."""
-        logits = tokens.to(self.dtype) @ self.weight.to(self.dtype).T
+        logits = self.logits(tokens)
         scores = logits.softmax(dim=1)
         policy = self.options.second_policy if info.train else "all"
         expert_ids = self._sampled_pair(logits, info) if policy == "sampling" else best_experts(logits, 2)

@@ -48,11 +48,20 @@ class Router(nn.Module, ABC):
         self.group_axis = group_axis
         self.dtype = dtype
         self.init_std = init_std
+        self.setup()
+
+    def setup(self) -> None:
+        """Check the options and make the parameters: here one row of weights for each expert."""
+        self.weight = self.new_weight((self.config.num_experts, self.hidden_size), self.init_std)
 
     def new_weight(self, shape: tuple[int, ...], std: float) -> nn.Parameter:
         """A replicated parameter of normal(0, std), on meta until materialised."""
         layout = ParamLayout(shape, sum_over=("tp",), init=Init(std=std))
         return new_parameter(layout, dtype=self.dtype)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(T, H) -> (T, E) wide, without a bias."""
+        return hidden.to(self.dtype) @ self.weight.to(self.dtype).t()
 
     @abstractmethod
     def forward(self, tokens: Tensor, info: TokenInfo) -> RoutingPlan:

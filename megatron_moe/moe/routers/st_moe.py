@@ -26,7 +26,6 @@ from megatron_moe.moe.losses import router_losses, router_stats
 from megatron_moe.moe.plan import RoutingPlan, TokenInfo, plan_from_choices
 from megatron_moe.moe.routers.router import Router
 from megatron_moe.moe.routers.top_k import best_experts
-from megatron_moe.parallel.state import Axis
 
 POLICIES = ("random", "threshold", "all", "none")
 
@@ -49,22 +48,13 @@ class STMoERouter(Router):
     unused_fields: ClassVar[tuple[str, ...]] = ("router_pre_softmax",)
     options: STMoEOptions
 
-    def __init__(
-        self,
-        config: MoEConfig,
-        hidden_size: int,
-        options: STMoEOptions,
-        group_axis: Axis,
-        dtype: torch.dtype,
-        init_std: float,
-    ) -> None:
-        super().__init__(config, hidden_size, options, group_axis, dtype, init_std)
-        if config.router_topk == 1:
+    def setup(self) -> None:
+        super().setup()
+        if self.config.router_topk == 1:
             raise ConfigError(
                 "--moe-router-topk 1 with st_moe leaves every weight at 1, and the router without a gradient; "
                 "use 2 or more, or --moe-router-type switch."
             )
-        self.weight = self.new_weight((config.num_experts, hidden_size), init_std)
 
     @classmethod
     def choices(cls, config: MoEConfig) -> int:
@@ -73,7 +63,7 @@ class STMoERouter(Router):
 
     def forward(self, tokens: Tensor, info: TokenInfo) -> RoutingPlan:
         """tokens: (T, H)."""
-        logits = tokens.to(self.dtype) @ self.weight.to(self.dtype).T
+        logits = self.logits(tokens)
         scores = logits.softmax(dim=1)
         expert_ids = best_experts(logits, self.config.router_topk)
         shares = logits.gather(1, expert_ids).softmax(dim=1)

@@ -23,7 +23,6 @@ from megatron_moe.moe.losses import router_losses, router_stats
 from megatron_moe.moe.plan import RoutingPlan, TokenInfo, plan_from_choices
 from megatron_moe.moe.routers.router import Router
 from megatron_moe.moe.routers.top_k import best_experts
-from megatron_moe.parallel.state import Axis
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,18 +42,6 @@ class SwitchRouter(Router):
     unused_fields: ClassVar[tuple[str, ...]] = ("router_topk", "router_pre_softmax")
     options: SwitchOptions
 
-    def __init__(
-        self,
-        config: MoEConfig,
-        hidden_size: int,
-        options: SwitchOptions,
-        group_axis: Axis,
-        dtype: torch.dtype,
-        init_std: float,
-    ) -> None:
-        super().__init__(config, hidden_size, options, group_axis, dtype, init_std)
-        self.weight = self.new_weight((config.num_experts, hidden_size), init_std)
-
     @classmethod
     def choices(cls, config: MoEConfig) -> int:
         """Assignments of one token."""
@@ -65,7 +52,7 @@ class SwitchRouter(Router):
         hidden = tokens.to(self.dtype)
         if info.train and self.options.jitter_eps:
             hidden = hidden * (1.0 + self.options.jitter_eps * self._noise(info))
-        logits = hidden @ self.weight.to(self.dtype).T
+        logits = self.logits(hidden)
         scores = logits.softmax(dim=1)
         expert_ids = best_experts(logits, 1)
         return plan_from_choices(

@@ -21,7 +21,6 @@ from megatron_moe.config.options import option
 from megatron_moe.moe.losses import BALANCE_CONVENTIONS, router_losses, router_stats
 from megatron_moe.moe.plan import RoutingPlan, TokenInfo, plan_from_choices
 from megatron_moe.moe.routers.router import Router
-from megatron_moe.parallel.state import Axis
 
 
 def best_experts(logits: Tensor, choices: int) -> Tensor:
@@ -55,28 +54,19 @@ class TopKRouter(Router):
     is_causal = True
     options: TopKOptions
 
-    def __init__(
-        self,
-        config: MoEConfig,
-        hidden_size: int,
-        options: TopKOptions,
-        group_axis: Axis,
-        dtype: torch.dtype,
-        init_std: float,
-    ) -> None:
-        super().__init__(config, hidden_size, options, group_axis, dtype, init_std)
-        if options.renormalise is False and not config.router_pre_softmax:
+    def setup(self) -> None:
+        super().setup()
+        if self.options.renormalise is False and not self.config.router_pre_softmax:
             raise ConfigError(
                 "--moe-router-options renormalise=false: a softmax over the chosen experts always sums to 1; "
                 "add --moe-router-pre-softmax, or leave the option out."
             )
-        self.sums_to_one = options.renormalise or not config.router_pre_softmax
-        if config.router_topk == 1 and self.sums_to_one:
+        self.sums_to_one = self.options.renormalise or not self.config.router_pre_softmax
+        if self.config.router_topk == 1 and self.sums_to_one:
             raise ConfigError(
                 "--moe-router-topk 1 with weights that sum to 1 leaves every weight at 1, and the router without a "
                 "gradient; add --moe-router-pre-softmax without renormalise=true, or use --moe-router-type switch."
             )
-        self.weight = self.new_weight((config.num_experts, hidden_size), init_std)
 
     @classmethod
     def choices(cls, config: MoEConfig) -> int:
@@ -85,7 +75,7 @@ class TopKRouter(Router):
 
     def forward(self, tokens: Tensor, info: TokenInfo) -> RoutingPlan:
         """tokens: (T, H)."""
-        logits = tokens.to(self.dtype) @ self.weight.to(self.dtype).T
+        logits = self.logits(tokens)
         scores = logits.softmax(dim=1)
         expert_ids = best_experts(logits, self.config.router_topk)
         # p_i / Σ p_j over the chosen is the softmax of the chosen logits, without a division by a small sum

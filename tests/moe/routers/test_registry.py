@@ -219,9 +219,8 @@ class RoundRobin(Router):
     Options = Options
     is_causal = True
 
-    def __init__(self, config, hidden_size, options, group_axis, dtype, init_std):
-        super().__init__(config, hidden_size, options, group_axis, dtype, init_std)
-        self.scale = self.new_weight((hidden_size,), init_std)
+    def setup(self):
+        self.scale = self.new_weight((self.hidden_size,), self.init_std)
 
     @classmethod
     def choices(cls, config):
