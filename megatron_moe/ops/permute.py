@@ -27,10 +27,7 @@ def copies_of(token_ids: Tensor, num_tokens: int) -> Copies:
 
 
 def _sum_copies(rows: Tensor, by_token: Tensor, starts: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Σ weight · row over each token's copies: rows (R, H), weights (R,) of the same dtype, None = 1 -> (T, H).
-
-    Without weights, bfloat16 is summed in float32 and rounded once.
-    """
+    """Σ weight · row over each token's copies: rows (R, H) wide, weights (R,) of that dtype, None = 1 -> (T, H)."""
     if weights is not None:
         weights = weights.index_select(0, by_token)
     return F.embedding_bag(by_token, rows.contiguous(), starts, mode="sum", per_sample_weights=weights)
@@ -45,7 +42,9 @@ class _Permute(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _sum_copies(grad, *ctx.saved_tensors), None
+        # the CPU's bag of bfloat16 rounds ties away from zero
+        wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
+        return _sum_copies(wide, *ctx.saved_tensors).to(grad.dtype), None
 
 
 class _Combine(Function):

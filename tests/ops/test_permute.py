@@ -105,13 +105,14 @@ def test_weights_of_bfloat16_answers_are_not_rounded() -> None:
     assert weights.grad is not None and weights.grad.tolist() == [256.0, -256.0]
 
 
+@pytest.mark.parametrize(("ones", "total"), [(8, 264.0), (1, 256.0), (3, 260.0)])
 @pytest.mark.parametrize("width", [1, 40])
-def test_bfloat16_gradients_are_summed_wide(width: int) -> None:
+def test_bfloat16_gradients_are_summed_wide_and_ties_rounded_to_even(ones: int, total: float, width: int) -> None:
     tokens = torch.zeros(1, width, dtype=torch.bfloat16, requires_grad=True)
-    upward = torch.ones(9, width, dtype=torch.bfloat16)
-    upward[0] = 256  # the next bfloat16 is 258: added one by one the ones would be lost
-    permute(tokens, copies_of(ids([0] * 9), 1)).backward(upward)
-    assert tokens.grad is not None and tokens.grad.tolist() == [[264.0] * width]
+    upward = torch.ones(1 + ones, width, dtype=torch.bfloat16)
+    upward[0] = 256  # the next bfloat16 are 258 and 260: added one by one the ones would be lost
+    permute(tokens, copies_of(ids([0] * (1 + ones)), 1)).backward(upward)
+    assert tokens.grad is not None and tokens.grad.tolist() == [[total] * width]
 
 
 def test_shapes_are_found_without_values() -> None:

@@ -14,6 +14,7 @@ from megatron_moe.config.run import RunConfig
 from megatron_moe.data.batch import Batch, Stream
 from megatron_moe.data.sampler import Sampler
 from megatron_moe.parallel.blocks import Block, flat_range_blocks, module_blocks
+from megatron_moe.parallel.grid import Grid
 from megatron_moe.parallel.layout import logical_pieces
 from megatron_moe.parallel.state import ParallelState
 from megatron_moe.training.engine import Engine, grid_of
@@ -154,8 +155,15 @@ def train_tiny(config: RunConfig, state: ParallelState) -> RankOutcome:
 
 
 def run_all(rank: int, world_size: int, configs: Sequence[RunConfig]) -> list[RankOutcome]:
-    """Every configuration, one after another, on the ranks that are there."""
-    return [train_tiny(config, ParallelState.distributed(grid_of(config, world_size))) for config in configs]
+    """Every configuration, one after another, on the ranks that are there; process groups are made once for a grid."""
+    states: dict[Grid, ParallelState] = {}
+    found = []
+    for config in configs:
+        grid = grid_of(config, world_size)
+        if grid not in states:
+            states[grid] = ParallelState.distributed(grid)
+        found.append(train_tiny(config, states[grid]))
+    return found
 
 
 def _assemble(parts: Sequence[Pieces]) -> Tensors:
