@@ -3,7 +3,6 @@
 import torch
 
 from megatron_moe.config.errors import ConfigError
-from megatron_moe.config.optional import require
 from megatron_moe.config.run import RunConfig
 from megatron_moe.moe.capacity import limit_is_causal
 from megatron_moe.moe.routers.registry import build_router, find_router
@@ -11,14 +10,10 @@ from megatron_moe.parallel.state import ParallelState
 
 
 def validate(config: RunConfig) -> list[str]:
-    """Raises ConfigError for what this machine lacks, and for a router that does not fit; returns notes for the log."""
-    if config.logging.tensorboard_dir is not None:
-        require("tensorboard", extra="log")
-    return _check_router(config)
+    """Raises ConfigError for a router that is unknown, is told what it does not know, or sees the future.
 
-
-def _check_router(config: RunConfig) -> list[str]:
-    """A router must be known, be told only what it knows, and not see the future unless that is allowed."""
+    Returns notes for the log.
+    """
     if not any(config.moe.moe_layers(config.model.num_layers)):
         return []
     moe = config.moe
