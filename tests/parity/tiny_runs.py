@@ -40,7 +40,11 @@ class Outcome:
 
 
 def tiny_config(
-    moe: Mapping[str, Any], parallel: Mapping[str, Any], model: Mapping[str, Any], micro_batch_size: int = 1
+    moe: Mapping[str, Any],
+    parallel: Mapping[str, Any],
+    model: Mapping[str, Any],
+    micro_batch_size: int = 1,
+    dtype: str = "fp64",
 ) -> RunConfig:
     """Four layers, every second one sparse with four experts; {"num_experts": 0} makes all of them dense."""
     sparse = {"num_experts": 4, "layer_freq": "2", "ffn_hidden_size": 12, **moe}
@@ -58,7 +62,7 @@ def tiny_config(
             },
             "moe": sparse if sparse["num_experts"] else {},
             "parallel": parallel,
-            "precision": {"dtype": "fp64"},
+            "precision": {"dtype": dtype},
             "data": {"seq_length": LENGTH},
             "training": {"global_batch_size": GLOBAL_BATCH, "train_iters": STEPS, "micro_batch_size": micro_batch_size},
             "optimizer": {"lr": 0.01, "clip_grad": 0.5},
@@ -104,7 +108,7 @@ class RankOutcome:
 
 
 def _pieces(blocks: Sequence[Block]) -> Pieces:
-    return [(block.name, block.global_shape, block.offset, block.tensor.numpy().copy()) for block in blocks]
+    return [(block.name, block.global_shape, block.offset, block.tensor.double().numpy().copy()) for block in blocks]
 
 
 def _gradient_blocks(engine: Engine) -> list[Block]:
