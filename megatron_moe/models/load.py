@@ -39,20 +39,16 @@ def load_model(
     state: ParallelState | None = None,
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
-    tokenizer_model: str | None = None,
 ) -> LoadedModel:
     """The newest valid checkpoint under `root`, or that of `step`, on any layout; alone when no state is given.
 
-    dtype: None keeps the type that it was trained in.  tokenizer_model: where the tokenizer is now, if it has moved.
-    Collective over the world.
+    dtype: None keeps the type that it was trained in.  Collective over the world.
     Raises NoCheckpointError or CheckpointError.
     """
     state = state or ParallelState.alone()
     device = device or torch.device("cpu")
     reader = find_checkpoint(root, step, state.world, device=device)
     config = RunConfig.from_json(reader.config_json, source=f"config.json of {reader.folder}")
-    if tokenizer_model is not None:
-        config = replace(config, data=replace(config.data, tokenizer_model=tokenizer_model))
     spec = gpt_spec(config, vocab_size_of(config, reader.state))
     kept = dtype or spec.dtype
     layers = tuple(replace(layer, dtype=kept, sequence_parallel=False) for layer in spec.layers)

@@ -23,7 +23,7 @@ from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.moe import MoEConfig
 from megatron_moe.config.options import option
 from megatron_moe.moe.capacity import exact, expert_places, sorted_order
-from megatron_moe.moe.losses import router_losses, router_stats
+from megatron_moe.moe.losses import router_stats
 from megatron_moe.moe.plan import RoutingPlan, TokenInfo
 from megatron_moe.moe.routers.options import parse_options
 from megatron_moe.moe.routers.router import Router
@@ -88,7 +88,7 @@ class ExpertChoiceRouter(Router):
             token_ids=rows.reshape(-1),
             expert_ids=experts.masked_fill(~mine, num_experts).reshape(-1),
             combine_weights=scores[rows, experts].masked_fill(~mine, 0.0).reshape(-1),
-            aux_losses=router_losses(logits, scores, None, info, config=self.config, group_axis=self.group_axis),
+            aux_losses=self.aux_losses(logits, scores, None, info),
             stats=router_stats(scores, info),
         )
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from megatron_moe.config.moe import MoEConfig
 from megatron_moe.config.options import option
-from megatron_moe.moe.losses import router_losses, router_stats
+from megatron_moe.moe.losses import router_stats
 from megatron_moe.moe.plan import RoutingPlan, TokenInfo, plan_from_choices
 from megatron_moe.moe.routers.router import Router
 from megatron_moe.moe.routers.top_k import best_experts
@@ -75,15 +75,7 @@ class GShardRouter(Router):
             info,
             num_experts=self.config.num_experts,
             k_major=self.config.slot_priority == "k_major",
-            aux_losses=router_losses(
-                logits,
-                scores,
-                expert_ids,
-                info,
-                config=self.config,
-                group_axis=self.group_axis,
-                convention="first_choice",
-            ),
+            aux_losses=self.aux_losses(logits, scores, expert_ids, info),
             stats=router_stats(scores, info),
         )
 

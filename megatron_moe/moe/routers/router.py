@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from megatron_moe.config.moe import MoEConfig
-from megatron_moe.moe.plan import RoutingPlan, TokenInfo
+from megatron_moe.moe.losses import router_losses
+from megatron_moe.moe.plan import AuxLoss, RoutingPlan, TokenInfo
 from megatron_moe.parallel.layout import Init, ParamLayout, new_parameter
 from megatron_moe.parallel.state import Axis
 
@@ -62,6 +63,20 @@ class Router(nn.Module, ABC):
     def logits(self, hidden: Tensor) -> Tensor:
         """(T, H) -> (T, E) wide, without a bias."""
         return hidden.to(self.dtype) @ self.weight.to(self.dtype).t()
+
+    def aux_losses(
+        self,
+        logits: Tensor,
+        scores: Tensor,
+        expert_ids: Tensor | None,
+        info: TokenInfo,
+        *,
+        convention: str = "first_choice",
+    ) -> dict[str, AuxLoss]:
+        """The balance and z losses that the configuration asks for; see losses.py for shapes and conventions."""
+        return router_losses(
+            logits, scores, expert_ids, info, config=self.config, group_axis=self.group_axis, convention=convention
+        )
 
     @abstractmethod
     def forward(self, tokens: Tensor, info: TokenInfo) -> RoutingPlan:

@@ -18,7 +18,7 @@ from torch import Tensor
 from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.moe import MoEConfig
 from megatron_moe.config.options import option
-from megatron_moe.moe.losses import BALANCE_CONVENTIONS, router_losses, router_stats
+from megatron_moe.moe.losses import BALANCE_CONVENTIONS, router_stats
 from megatron_moe.moe.plan import RoutingPlan, TokenInfo, plan_from_choices
 from megatron_moe.moe.routers.router import Router
 
@@ -86,14 +86,6 @@ class TopKRouter(Router):
             info,
             num_experts=self.config.num_experts,
             k_major=self.config.slot_priority == "k_major",
-            aux_losses=router_losses(
-                logits,
-                scores,
-                expert_ids,
-                info,
-                config=self.config,
-                group_axis=self.group_axis,
-                convention=self.options.balance,
-            ),
+            aux_losses=self.aux_losses(logits, scores, expert_ids, info, convention=self.options.balance),
             stats=router_stats(scores, info),
         )
