@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from megatron_moe.config.moe import MoEConfig
+from megatron_moe.moe.methods import build_router
 from megatron_moe.moe.plan import RoutingPlan, TokenInfo
-from megatron_moe.moe.routers.registry import build_router
-from megatron_moe.moe.routers.router import Router
+from megatron_moe.moe.routers.router import Router, Site
 from megatron_moe.parallel.grid import Grid
 from megatron_moe.parallel.layout import materialise
 from megatron_moe.parallel.random import KeyedRandom
@@ -24,6 +24,8 @@ GOLDEN_LOGITS = [
     [1.0, 0.9, 0.0, -0.5],
     [0.2, 0.1, 0.0, 0.4],
 ]
+
+VOCAB = 23
 
 NOBODY = ParallelState.alone().tp_cp
 
@@ -47,16 +49,20 @@ def token_info(
     groups = sample // group_samples
     num_groups = -(-samples // group_samples)
     return TokenInfo(
-        ids=torch.zeros_like(position),
+        ids=(5 * position + 7 * sample) % VOCAB,
+        previous_ids=((5 * (position - 1) + 7 * sample) % VOCAB).where(position > 0, -1),
         positions=position,
         sequences=sample,
         is_padding=is_padding,
         groups=groups,
         keys=position * group_samples + sample % group_samples,
         global_keys=(sample << 32) + position,
+        sample_keys=sample,
+        passes=torch.zeros_like(position),
         num_groups=num_groups,
         group_size=length * group_samples,
         group_tokens=groups[~is_padding].bincount(minlength=num_groups),
+        sequence_tokens=sample[~is_padding].bincount(minlength=samples),
         random=KeyedRandom(seed, stream="router", layer=3),
         train=train,
     )
@@ -64,7 +70,10 @@ def token_info(
 
 def rows_of(info: TokenInfo, rows: Tensor) -> TokenInfo:
     """What a rank knows that holds only these rows; the groups' own numbers stay whole."""
-    names = ("ids", "positions", "sequences", "is_padding", "groups", "keys", "global_keys")
+    names = (
+        *("ids", "previous_ids", "positions", "sequences", "is_padding", "groups", "keys"),
+        *("global_keys", "sample_keys", "passes"),
+    )
     return replace(info, **{name: getattr(info, name)[rows] for name in names})
 
 
@@ -72,7 +81,7 @@ def make_router(
     config: MoEConfig, hidden_size: int, *, axis: Axis = NOBODY, dtype: torch.dtype = torch.float64
 ) -> Router:
     """A router with its first weights, the same on every rank."""
-    router = build_router(config, hidden_size, axis, dtype, 0.5)
+    router = build_router(config, hidden_size, Site(axis, dtype, 0.5, vocab_size=VOCAB))
     materialise(router, ParallelState.alone(), 7, torch.device("cpu"))
     return router
 

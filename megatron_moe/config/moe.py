@@ -37,8 +37,9 @@ class MoEConfig:
     )
     token_drop_policy: str = option(
         "position",
-        "who is served when places run out: the earliest tokens, or the largest weights",
-        choices=("position", "probs"),
+        "who is served when places run out: the earliest tokens, the largest weights, or the surest tokens "
+        "(batch-prioritised routing, V-MoE and ST-MoE)",
+        choices=("position", "probs", "bpr"),
     )
     capacity_includes_k: bool = option(
         True, "places grow with the experts per token, as in Megatron; not so in Mesh-TensorFlow and ST-MoE"

@@ -13,7 +13,8 @@ from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.moe import MoEConfig
 from megatron_moe.models.gpt import GPTSpec, GPTStage
 from megatron_moe.moe.capacity import exact, expert_places, make_limit
-from megatron_moe.moe.routers.registry import find_router
+from megatron_moe.moe.layer import MoELayer
+from megatron_moe.moe.methods import find_method
 from megatron_moe.parallel.state import ParallelState
 
 
@@ -31,7 +32,7 @@ def lift_capacity(stages: Sequence[GPTStage], state: ParallelState) -> None:
     for stage in stages:
         for index, layer in stage.moe_layers().items():
             moe = stage.spec.layers[index].moe
-            if moe is not None:
+            if moe is not None and isinstance(layer, MoELayer):
                 unlimited = replace(moe, expert_capacity_factor=None, eval_capacity_factor=None)
                 layer.limit = make_limit(unlimited, 1, state.tp_cp)
 
@@ -41,7 +42,7 @@ def _eval_factor(moe: MoEConfig) -> float | None:
 
 
 def _notes(moe: MoEConfig) -> Iterator[str]:
-    router = find_router(moe.router_type)
+    router = find_method(moe.router_type)
     if not router.is_causal:
         yield (
             f"the router {moe.router_type} decides over tokens that it sees together; decoded one at a time they are "

@@ -27,6 +27,8 @@ class SequenceView:
     rows: Tensor  # (S/cp,) int64: which sequence indices this context-parallel rank holds, in its order
     segmented: bool  # False: one segment and no padding everywhere, known on the host
     start: int = 0  # sequence index of row 0 (decoding)
+    before: Tensor | None = None  # (B,) int64 id of the token before row 0 in its document (decoding)
+    num_passes: int = 1  # 2: the samples stand here twice, one pass after the other
 
     @property
     def length(self) -> int:
@@ -35,6 +37,10 @@ class SequenceView:
     @property
     def num_samples(self) -> int:
         return self.tokens.shape[1]
+
+    @property
+    def samples_of_a_pass(self) -> int:
+        return self.tokens.shape[1] // self.num_passes
 
     @property
     def num_rows(self) -> int:

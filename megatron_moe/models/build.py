@@ -44,6 +44,8 @@ def gpt_spec(config: RunConfig, vocab_size: int) -> GPTSpec:
             moe=config.moe if sparse else None,
             dtype=dtype,
             sequence_parallel=sequence_parallel,
+            vocab_size=vocab_size,
+            seed=config.training.seed,
         )
         for index, sparse in enumerate(config.moe.moe_layers(model.num_layers))
     )

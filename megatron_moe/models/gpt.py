@@ -9,8 +9,8 @@ from megatron_moe.layers.context import ForwardContext
 from megatron_moe.layers.embedding import VocabularyEmbedding, VocabularyHead, project_to_vocabulary
 from megatron_moe.layers.norm import Norm
 from megatron_moe.models.transformer import LayerSpec, TransformerLayer
-from megatron_moe.moe.layer import MoELayer
 from megatron_moe.moe.plan import RoutingReport
+from megatron_moe.moe.sparse_layer import SparseLayer
 from megatron_moe.parallel.collectives import shares
 from megatron_moe.parallel.state import ParallelState
 
@@ -83,6 +83,6 @@ class GPTStage(nn.Module):
         logits = project_to_vocabulary(self.final_norm(hidden), weight, self.tp, ctx)
         return StageOutput({"logits": logits}, reports)
 
-    def moe_layers(self) -> dict[int, MoELayer]:
+    def moe_layers(self) -> dict[int, SparseLayer]:
         """The sparse layers of this stage by global index."""
-        return {int(index): layer.mlp for index, layer in self.layers.items() if isinstance(layer.mlp, MoELayer)}
+        return {int(index): layer.mlp for index, layer in self.layers.items() if isinstance(layer.mlp, SparseLayer)}

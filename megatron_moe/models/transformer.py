@@ -13,9 +13,12 @@ from megatron_moe.layers.norm import Norm
 from megatron_moe.moe.capacity import make_limit
 from megatron_moe.moe.experts import Experts
 from megatron_moe.moe.layer import MoELayer, build_dispatcher
+from megatron_moe.moe.methods import build_router, build_unrouted, find_method
 from megatron_moe.moe.plan import RoutingReport
-from megatron_moe.moe.routers.registry import build_router
+from megatron_moe.moe.routers.router import Router, Site
 from megatron_moe.moe.shared_expert import SharedExpert
+from megatron_moe.moe.sparse_layer import SparseLayer
+from megatron_moe.moe.unrouted.unrouted_layer import LayerSite
 from megatron_moe.parallel.state import ParallelState
 
 
@@ -31,16 +34,37 @@ class LayerSpec:
     moe: MoEConfig | None  # None: a dense feed-forward layer
     dtype: torch.dtype
     sequence_parallel: bool
+    vocab_size: int = 0  # ids that mean something
+    seed: int = 0
 
     @property
     def wide(self) -> torch.dtype:
         return torch.promote_types(self.dtype, torch.float32)
 
 
-def build_moe(spec: LayerSpec, moe: MoEConfig, state: ParallelState) -> MoELayer:
+def build_sparse(spec: LayerSpec, moe: MoEConfig, state: ParallelState) -> SparseLayer:
     """The sparse feed-forward layer of a spec."""
+    if issubclass(find_method(moe.router_type), Router):
+        return build_moe(spec, moe, state)
     shape = spec.attention
-    router = build_router(moe, shape.hidden_size, state.tp_cp, spec.wide, shape.init_std)
+    site = LayerSite(
+        index=spec.index,
+        hidden_size=shape.hidden_size,
+        ffn_size=moe.expert_ffn_size(spec.ffn_size),
+        activation=spec.activation,
+        init_std=shape.init_std,
+        output_std=shape.output_std,
+        dtype=spec.dtype,
+        state=state,
+    )
+    return build_unrouted(moe, site)
+
+
+def build_moe(spec: LayerSpec, moe: MoEConfig, state: ParallelState) -> MoELayer:
+    """Router, limit, dispatcher, experts."""
+    shape = spec.attention
+    site = Site(state.tp_cp, spec.wide, shape.init_std, spec.index, spec.vocab_size, spec.seed)
+    router = build_router(moe, shape.hidden_size, site)
     experts = Experts(
         moe.num_experts,
         shape.hidden_size,
@@ -52,22 +76,28 @@ def build_moe(spec: LayerSpec, moe: MoEConfig, state: ParallelState) -> MoELayer
         output_std=shape.output_std,
         dtype=spec.dtype,
     )
-    shared = None
-    if moe.shared_expert_intermediate_size:
-        shared = SharedExpert(
-            shape.hidden_size,
-            moe.shared_expert_intermediate_size,
-            spec.activation,
-            state.tp,
-            gated=moe.shared_expert_gate,
-            partial=spec.sequence_parallel,
-            init_std=shape.init_std,
-            output_std=shape.output_std,
-            dtype=spec.dtype,
-        )
-    dispatcher = build_dispatcher(moe.token_dispatcher_type, moe.num_experts, state.ep, state.etp)
-    limit = make_limit(moe, router.choices(moe), state.tp_cp)
+    dispatcher = build_dispatcher(
+        moe.token_dispatcher_type, moe.num_experts, state.ep, state.etp, preferred=router.dispatcher
+    )
+    limit = make_limit(moe, router.choices(moe), state.tp_cp, router.expert_pools)
+    shared = _shared_expert(spec, moe, state)
     return MoELayer(spec.index, router, limit, dispatcher, experts, shared, state.tp, moe.routing_group_samples)
+
+
+def _shared_expert(spec: LayerSpec, moe: MoEConfig, state: ParallelState) -> SharedExpert | None:
+    if not moe.shared_expert_intermediate_size:
+        return None
+    return SharedExpert(
+        spec.attention.hidden_size,
+        moe.shared_expert_intermediate_size,
+        spec.activation,
+        state.tp,
+        gated=moe.shared_expert_gate,
+        partial=spec.sequence_parallel,
+        init_std=spec.attention.init_std,
+        output_std=spec.attention.output_std,
+        dtype=spec.dtype,
+    )
 
 
 class TransformerLayer(nn.Module):
@@ -79,9 +109,9 @@ class TransformerLayer(nn.Module):
         self.attention_norm = self._norm(spec)
         self.attention = Attention(spec.index, shape, state.tp, GatheredAttention(state.cp), dtype=spec.dtype)
         self.mlp_norm = self._norm(spec)
-        self.mlp: MLP | MoELayer
+        self.mlp: MLP | SparseLayer
         if spec.moe is not None:
-            self.mlp = build_moe(spec, spec.moe, state)
+            self.mlp = build_sparse(spec, spec.moe, state)
         else:
             self.mlp = MLP(
                 shape.hidden_size,
@@ -102,7 +132,7 @@ class TransformerLayer(nn.Module):
     def forward(self, hidden: Tensor, ctx: ForwardContext) -> tuple[Tensor, RoutingReport | None]:
         hidden = hidden + self.attention(self.attention_norm(hidden), ctx)
         normed = self.mlp_norm(hidden)
-        if isinstance(self.mlp, MoELayer):
+        if isinstance(self.mlp, SparseLayer):
             routed = self.mlp(normed, ctx)
             return hidden + routed.hidden, routed.report
         return hidden + self.mlp(normed, ctx), None

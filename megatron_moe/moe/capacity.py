@@ -19,28 +19,31 @@ from megatron_moe.parallel.state import Axis
 Limit = Callable[[RoutingPlan, TokenInfo], RoutingPlan]
 
 
-def make_limit(config: MoEConfig, num_choices: int, group_axis: Axis) -> Limit:
+def make_limit(config: MoEConfig, num_choices: int, group_axis: Axis, pools: int | None = None) -> Limit:
     """The limit of one layer, from the config's capacity factors; without one it returns the plan as it is.
 
     num_choices: the router's choices per token, which count when config.capacity_includes_k.   group_axis: the ranks
-    that share routing groups (tp_cp).
+    that share routing groups (tp_cp).   pools: runs of equally many experts that share their places; a token that goes
+    to several experts of a pool has them all or none (SAM); None: each expert has its own places.
     """
     train_factor, eval_factor = _factors(config)
-    choices = num_choices if config.capacity_includes_k else 1
+    choices = num_choices if config.capacity_includes_k and pools is None else 1
+    per_pool = 1 if pools is None else config.num_experts // pools
 
     def limit(plan: RoutingPlan, info: TokenInfo) -> RoutingPlan:
         factor = train_factor if info.train else eval_factor
         if factor is None:
-            return plan
+            return _renormalised(plan) if plan.renormalise else plan
         places = expert_places(
             info.group_tokens,
-            share=exact(factor) * choices / config.num_experts,
+            share=exact(factor) * choices * per_pool / config.num_experts,
             rounding=config.capacity_rounding,
             at_least=config.min_capacity,
         )
-        urgency = -plan.combine_weights.detach() if config.token_drop_policy == "probs" else plan.priority
-        served = _served(plan, info, urgency, places, group_axis)
-        return replace(plan, expert_ids=plan.expert_ids.masked_fill(~served, plan.num_experts))
+        rows = num_choices if pools is not None else 1
+        served = _served(plan, info, _urgency(plan, config.token_drop_policy), places * rows, per_pool, group_axis)
+        left = replace(plan, expert_ids=plan.expert_ids.masked_fill(~served, plan.num_experts))
+        return _renormalised(left) if plan.renormalise else left
 
     return limit
 
@@ -90,10 +93,32 @@ def sorted_order(*columns: Tensor) -> Tensor:
     return order
 
 
-def _served(plan: RoutingPlan, info: TokenInfo, urgency: Tensor | None, places: Tensor, group_axis: Axis) -> Tensor:
-    """(N,) bool: whether each assignment is among the first of its group's expert; true or false for nobody's."""
-    buckets = info.groups[plan.token_ids] * (plan.num_experts + 1) + plan.expert_ids
-    columns = [buckets] if urgency is None else [buckets, _sortable(urgency)]
+def _urgency(plan: RoutingPlan, policy: str) -> list[Tensor]:
+    """What assignments are sorted by, lowest first, before their order in the sequence."""
+    if policy == "probs":
+        return [-plan.combine_weights.detach()]
+    found = [] if plan.priority is None else [plan.priority]
+    if policy == "bpr":
+        # within each rank of choice, the surest tokens first
+        assert plan.confidence is not None
+        found.append(-plan.confidence[plan.token_ids])
+    return found
+
+
+def _renormalised(plan: RoutingPlan) -> RoutingPlan:
+    """The weights that are left of each token, divided by their sum; zeros stay zeros."""
+    kept = plan.combine_weights.masked_fill(plan.expert_ids == plan.num_experts, 0.0)
+    total = kept.new_zeros(plan.num_tokens).index_add(0, plan.token_ids, kept)[plan.token_ids]
+    return replace(plan, combine_weights=kept / total.where(total != 0, 1.0))
+
+
+def _served(
+    plan: RoutingPlan, info: TokenInfo, urgency: list[Tensor], places: Tensor, per_pool: int, group_axis: Axis
+) -> Tensor:
+    """(N,) bool: whether each assignment is among the first of its group's pool; true or false for nobody's."""
+    num_pools = plan.num_experts // per_pool
+    buckets = info.groups[plan.token_ids] * (num_pools + 1) + plan.expert_ids // per_pool
+    columns = [buckets, *(_sortable(values) for values in urgency)]
     rows = torch.stack([*columns, info.keys[plan.token_ids]], dim=1)
     counts = gather_counts(rows.shape[0], group_axis, rows.device)
     if sum(counts) > 0:
@@ -104,7 +129,7 @@ def _served(plan: RoutingPlan, info: TokenInfo, urgency: Tensor | None, places: 
     first = torch.searchsorted(sorted_buckets, sorted_buckets)
     queued_before = torch.arange(order.numel(), device=order.device) - first
     served = torch.empty_like(order, dtype=torch.bool)
-    served[order] = queued_before < places[sorted_buckets // (plan.num_experts + 1)]
+    served[order] = queued_before < places[sorted_buckets // (num_pools + 1)]
     start = sum(counts[: group_axis.rank])
     return served[start : start + plan.expert_ids.numel()]
 

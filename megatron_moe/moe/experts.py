@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from megatron_moe.layers.weight_gradients import WeightGradients
 from megatron_moe.ops.activation import ACTIVATIONS
 from megatron_moe.ops.grouped_gemm import grouped_linear
+from megatron_moe.parallel.collectives import copy_to, gather_for_partial, reduce_from
 from megatron_moe.parallel.layout import Init, ParamLayout, new_parameter
 from megatron_moe.parallel.state import Axis
 
@@ -29,6 +30,8 @@ class Experts(nn.Module):
         super().__init__()
         branches, self.activation = ACTIVATIONS[activation]
         self.hidden_size = hidden_size
+        self.ffn_size = ffn_size
+        self.ep, self.etp = ep, etp
 
         def weight(shape: tuple[int, ...], ffn_dim: int, std: float) -> nn.Parameter:
             splits = {0: "ep", ffn_dim: "etp"}
@@ -45,3 +48,14 @@ class Experts(nn.Module):
         inner = grouped_linear(rows, self.w1, branches * local_ffn, tokens_per_expert, sink)
         joined = self.activation(inner.view(inner.shape[0], branches, local_ffn))
         return grouped_linear(joined, self.w2, self.hidden_size, tokens_per_expert, sink)
+
+    def mean_keys(self) -> Tensor:
+        """(E, H) wide: the mean row of each expert's gate matrix, of all experts on all ranks, with gradient.
+
+        The mean of an expert's pre-activations is the token's product with it.  [Avg-K, arXiv:2305.13999]
+        """
+        wide = torch.promote_types(self.w1.dtype, torch.float32)
+        sums = self.w1[:, 0].to(wide).sum(dim=1)
+        # each rank of etp holds some rows of an expert, and routes other tokens with their mean
+        sums = copy_to(reduce_from(sums, self.etp), self.etp)
+        return gather_for_partial(sums / self.ffn_size, self.ep, [sums.shape[0]] * self.ep.size)

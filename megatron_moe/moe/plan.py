@@ -13,8 +13,8 @@ class AuxLoss:
     """One auxiliary loss of one layer on this rank.
 
     share: () wide; the shares of all ranks in group_axis add up to the value summed over this microbatch's routing
-    groups (per = "group") or over its non-padding tokens (per = "token").  weight: its coefficient.  The step's loss is
-    Σ weight · shares / number of routing groups, or of non-padding tokens, in the global batch.
+    groups (per = "group"), its samples ("sequence") or its non-padding tokens ("token").  weight: its coefficient.
+    The step's loss is Σ weight · shares / number of routing groups, of samples, or of such tokens in the global batch.
     """
 
     share: Tensor
@@ -27,17 +27,22 @@ class TokenInfo:
     """What a rule may need to know of the tokens; each tensor (T,) int64 unless said."""
 
     ids: Tensor  # vocabulary ids, for hash routers
+    previous_ids: Tensor  # the id before it in its document; -1 for the first
     positions: Tensor  # place in the sequence
     sequences: Tensor  # sample within the microbatch
     is_padding: Tensor  # bool
     groups: Tensor  # routing group within the microbatch
     keys: Tensor  # order within the group, the same on every layout: position-major, then sequence
-    global_keys: Tensor  # unique in the run's whole sample order: what random draws are keyed by
+    global_keys: Tensor  # unique in the run's sample order and passes: what random draws are keyed by
+    sample_keys: Tensor  # the same for all tokens of a sample in one pass
+    passes: Tensor  # 0, or 1 in the second of two passes over the same sample (THOR)
     num_groups: int
     group_size: int  # tokens of a whole group on all ranks, padding included
     group_tokens: Tensor  # (num_groups,) non-padding tokens of each whole group, on all ranks of group_axis
+    sequence_tokens: Tensor  # (samples,) the same of each sample; `sequences` points into it
     random: KeyedRandom  # (seed, step, "router", layer, pass)
     train: bool
+    expert_keys: Tensor | None = None  # (E, H) wide: mean key of each expert, for routers that read them
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,8 @@ class RoutingPlan:
     expert_ids: Tensor  # (N,) int64
     combine_weights: Tensor  # (N,) wide; weight of the expert's answer, carries the router's gradient
     priority: Tensor | None = None  # (N,) lower is served first; ties, and None, follow TokenInfo.keys
+    confidence: Tensor | None = None  # (T,) detached: who is served first under batch-prioritised routing
+    renormalise: bool = False  # what places leave of a token's weights is divided by its sum
     aux_losses: dict[str, AuxLoss] = field(default_factory=dict)
     stats: dict[str, Tensor] = field(default_factory=dict)  # detached; summed over step and ranks
 
@@ -75,6 +82,8 @@ def plan_from_choices(
     num_experts: int,
     k_major: bool = False,
     priority: Tensor | None = None,
+    confidence: Tensor | None = None,
+    renormalise: bool = False,
     aux_losses: dict[str, AuxLoss] | None = None,
     stats: dict[str, Tensor] | None = None,
 ) -> RoutingPlan:
@@ -82,7 +91,7 @@ def plan_from_choices(
 
     expert_ids: (T, K) int64, num_experts for an unused choice.   weights: (T, K) wide.   Padding tokens go to nobody.
     k_major: every token's first choice is served before any second one (GShard's order; sees the future).
-    priority: (T, K) overrides both orders.
+    priority: (T, K) overrides both orders.   confidence, renormalise: as in RoutingPlan.
     """
     tokens, choices = expert_ids.shape
     device = expert_ids.device
@@ -97,6 +106,8 @@ def plan_from_choices(
         expert_ids=expert_ids.reshape(-1),
         combine_weights=weights.reshape(-1),
         priority=None if priority is None else priority.reshape(-1),
+        confidence=confidence,
+        renormalise=renormalise,
         aux_losses=aux_losses or {},
         stats=stats or {},
     )

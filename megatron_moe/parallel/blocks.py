@@ -30,7 +30,7 @@ class Block:
 
 
 def module_blocks(modules: Iterable[nn.Module], state: ParallelState) -> list[Block]:
-    """All parameters of this rank's stages as blocks under their logical names."""
+    """All parameters and remembered states of this rank's stages as blocks under their logical names."""
     found = []
     for module in modules:
         for name, parameter in module.named_parameters():
@@ -41,7 +41,13 @@ def module_blocks(modules: Iterable[nn.Module], state: ParallelState) -> list[Bl
                         piece.name, piece.global_shape, piece.offset, piece.of(parameter.data), layout.is_primary(state)
                     )
                 )
+        found += [_state_block(name, tensor, state) for name, tensor in module.named_buffers()]
     return found
+
+
+def _state_block(name: str, tensor: Tensor, state: ParallelState) -> Block:
+    """What a router remembers is the same on all ranks of its stage."""
+    return Block(name, tuple(tensor.shape), (0,) * tensor.dim(), tensor, state.stage.is_first)
 
 
 def flat_range_blocks(piece: LogicalPiece, prefix: str, flat: Tensor, start: int, primary: bool) -> list[Block]:

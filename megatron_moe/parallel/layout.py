@@ -164,6 +164,8 @@ def materialise(module: nn.Module, state: ParallelState, seed: int, device: torc
     for name, buffer in list(module.named_buffers()):
         if buffer.is_meta:
             raise RuntimeError(f"buffer {name} was left on meta; make buffers with their values")
+        owner, leaf = _owner(module, name)
+        owner.register_buffer(leaf, buffer.to(device))
 
 
 def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:

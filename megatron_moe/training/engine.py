@@ -10,7 +10,7 @@ from megatron_moe.config.run import RunConfig
 from megatron_moe.data.batch import Batch
 from megatron_moe.layers.weight_gradients import collect_small_gradients
 from megatron_moe.models.build import build_stages, gpt_spec, initialise_stages
-from megatron_moe.moe.layer import MoELayer
+from megatron_moe.moe.sparse_layer import SparseLayer
 from megatron_moe.optim.clip import clip_
 from megatron_moe.optim.gradients import GradientBuckets
 from megatron_moe.optim.lr_schedule import learning_rate
@@ -90,7 +90,7 @@ class Engine:
         """
         training = self.config.training
         for layer in self._moe_layers().values():
-            layer.router.before_step(step / training.num_steps)
+            layer.before_step(step / training.num_steps)
         counts = count_batches(batches, self.config.moe.routing_group_samples, self.state, self.device)
         program = StepProgram(
             self.stages, batches, counts, self.state, self._random.at(step=step), self.device, train=True
@@ -118,7 +118,7 @@ class Engine:
         self._executor.evaluate(schedule[self.state.pp.rank], program)
         return self._validation_metrics.reduce(program.findings, counts), counts.loss_tokens
 
-    def _moe_layers(self) -> dict[int, MoELayer]:
+    def _moe_layers(self) -> dict[int, SparseLayer]:
         return {index: layer for stage in self.stages for index, layer in stage.moe_layers().items()}
 
     def _after_step(self, layers: LayerStats) -> None:
@@ -131,4 +131,4 @@ class Engine:
             if len({stats[name].shape for stats in layers.values()}) == 1
         }
         for index, layer in self._moe_layers().items():
-            layer.router.after_step(layers[index], model)
+            layer.after_step(layers[index], model)

@@ -1,7 +1,7 @@
 """Model FLOPs of a token as NVIDIA publishes them: forward and backward, no recomputation, half of causal scores."""
 
 from megatron_moe.config.run import RunConfig
-from megatron_moe.moe.routers.registry import find_router
+from megatron_moe.moe.methods import find_method
 
 # bf16 dense peaks of the data sheets, by what the device's name contains; the first match counts
 PEAKS = {
@@ -33,7 +33,7 @@ def flops_per_token(config: RunConfig, vocab_size: int) -> float:
     per_width = (6 if model.activation in ("swiglu", "geglu") else 4) * hidden
     dense = per_width * model.ffn_size
     # the router's own number: Switch sends a token to one expert whatever --moe-router-topk says
-    choices = find_router(moe.router_type).choices(moe) if moe.num_experts else 0
+    choices = find_method(moe.router_type).choices(moe) if moe.num_experts else 0
     sparse = per_width * (choices * moe.expert_ffn_size(model.ffn_size) + (moe.shared_expert_intermediate_size or 0))
     pattern = moe.moe_layers(model.num_layers)
     layers = sum(projections + scores + (sparse if is_sparse else dense) for is_sparse in pattern)

@@ -1,30 +1,38 @@
 """What needs the registries to be checked: still before any rank joins."""
 
-import torch
-
 from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.run import RunConfig
+from megatron_moe.models.build import gpt_spec
+from megatron_moe.models.transformer import LayerSpec, build_sparse
 from megatron_moe.moe.capacity import limit_is_causal
-from megatron_moe.moe.routers.registry import build_router, find_router
+from megatron_moe.moe.layer import MoELayer
+from megatron_moe.moe.methods import find_method
+from megatron_moe.moe.unrouted.unrouted_layer import UnroutedLayer
 from megatron_moe.parallel.state import ParallelState
 
 
 def validate(config: RunConfig) -> list[str]:
-    """Raises ConfigError for a router that is unknown, is told what it does not know, or sees the future.
+    """Raises ConfigError for a way of routing that is unknown, is told what it does not know, cannot run on the
+    layout, or sees the future.
 
     Returns notes for the log.
     """
-    if not any(config.moe.moe_layers(config.model.num_layers)):
-        return []
-    moe = config.moe
-    router = find_router(moe.router_type)
-    build_router(
-        moe, config.model.hidden_size, ParallelState.alone().tp_cp, torch.float32, config.model.init_method_std
-    )
-    if not router.is_causal:
+    sparse = [spec for spec in gpt_spec(config, config.model.vocab_size or 1).layers if spec.moe is not None]
+    notes = [note for spec in sparse for note in _check_layer(spec, config)]
+    return list(dict.fromkeys(notes))
+
+
+def _check_layer(spec: LayerSpec, config: RunConfig) -> list[str]:
+    assert spec.moe is not None
+    moe = spec.moe
+    method = find_method(moe.router_type)
+    method.check_layout(config.parallel)
+    layer = build_sparse(spec, moe, ParallelState.alone())
+    causal = layer.router.is_causal if isinstance(layer, MoELayer) else _is_causal(layer)
+    if not causal:
         problem = f"--moe-router-type {moe.router_type}"
-        instead = "use a causal router (top_k, switch, gshard, st_moe)"
-    elif not limit_is_causal(moe, router.choices(moe)):
+        instead = "use a causal router (top_k, switch, gshard, st_moe; tools/list_routers.py names them all)"
+    elif not limit_is_causal(moe, method.choices(moe)):
         problem = f"--moe-token-drop-policy {moe.token_drop_policy} with --moe-slot-priority {moe.slot_priority}"
         instead = "drop by position in token_major order"
     else:
@@ -35,3 +43,8 @@ def validate(config: RunConfig) -> list[str]:
             f"--moe-allow-noncausal to train a model that leaks."
         )
     return [f"{problem} sees later tokens: losses of this model are not comparable to those of causal ones"]
+
+
+def _is_causal(layer: object) -> bool:
+    assert isinstance(layer, UnroutedLayer)
+    return layer.is_causal

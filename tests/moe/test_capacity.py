@@ -92,9 +92,7 @@ def random_plan(info: TokenInfo, num_experts: int, choices: int, seed: int, orde
     weights = torch.randint(1, 4, (tokens, choices), generator=generator).to(torch.float64) / 4  # with ties
     scores = torch.randn(tokens, 1, generator=generator, dtype=torch.float64).round(decimals=1)
     priority = scores.expand(tokens, choices) if order == "confidence" else None
-    return plan_from_choices(
-        ids, weights, info, num_experts=num_experts, k_major=order == "k_major", priority=priority
-    )
+    return plan_from_choices(ids, weights, info, num_experts=num_experts, k_major=order == "k_major", priority=priority)
 
 
 @pytest.mark.parametrize("policy", ["position", "probs"])

@@ -4,8 +4,9 @@ Source: Lepikhin et al., arXiv:2006.16668, section 2.2 and algorithm 1. With p =
 two largest divided by their sum, the second expert is used with probability min(1, 2 · g2) in training. From public
 code (fairseq, branch moe, modules/moe/top2gate.py): the policies `all` and `sampling` (the second expert is the largest
 logit plus Gumbel noise among the others), and the balance loss over first choices. Renormalising before dropping is
-Mesh-TensorFlow's order: a partner dropped for lack of places leaves weights that sum to less than 1. `none` keeps the
-raw probabilities (flaxformer). This project's reading: evaluation always takes the second largest and always uses it.
+Mesh-TensorFlow's order: a partner dropped for lack of places leaves weights that sum to less than 1; `after_drop` is
+fairseq's; `none` keeps the raw probabilities (flaxformer). This project's reading: evaluation always takes the second
+largest and always uses it.
 
 Guaranteed: each non-padding token has one or two different experts. The paper's capacity is 2 · ceil(T / E), first
 choices before second ones: --moe-slot-priority k_major, which looks into the future when places run out; token_major,
@@ -21,7 +22,7 @@ from torch import Tensor
 from megatron_moe.config.moe import MoEConfig
 from megatron_moe.config.options import option
 from megatron_moe.moe.losses import router_stats
-from megatron_moe.moe.plan import RoutingPlan, TokenInfo, plan_from_choices
+from megatron_moe.moe.plan import RoutingPlan, TokenInfo
 from megatron_moe.moe.routers.router import Router
 from megatron_moe.moe.routers.top_k import best_experts
 
@@ -37,8 +38,8 @@ class GShardOptions:
     )
     renormalise: str = option(
         "before_drop",
-        "make the pair's weights sum to 1 before places run out, or keep the raw probabilities",
-        choices=("before_drop", "none"),
+        "make weights sum to 1 before places run out, those that are left afterwards, or keep raw probabilities",
+        choices=("before_drop", "after_drop", "none"),
     )
 
 
@@ -69,12 +70,12 @@ class GShardRouter(Router):
             passed_over = 2.0 * shares[:, 1].detach() <= draws
             first, second = expert_ids.unbind(dim=1)
             used = torch.stack([first, second.masked_fill(passed_over, self.config.num_experts)], dim=1)
-        return plan_from_choices(
+        return self.plan(
             used,
             shares if self.options.renormalise == "before_drop" else scores.gather(1, expert_ids),
             info,
-            num_experts=self.config.num_experts,
-            k_major=self.config.slot_priority == "k_major",
+            scores=scores,
+            renormalise=self.options.renormalise == "after_drop",
             aux_losses=self.aux_losses(logits, scores, expert_ids, info),
             stats=router_stats(scores, info),
         )

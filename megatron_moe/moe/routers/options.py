@@ -1,19 +1,24 @@
 """From `--moe-router-options name=value ...` to the Options of one router."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.hints import did_you_mean
 from megatron_moe.config.moe import MoEConfig
 from megatron_moe.config.options import Setting, settings_of
 from megatron_moe.config.values import parse
-from megatron_moe.moe.routers.router import Router
 
 _WORDS = {"none": None, "true": True, "false": False}
 
 
-def parse_options(router: type[Router], config: MoEConfig) -> Any:
+class Told(Protocol):
+    """A class that says what it alone can be told."""
+
+    Options: ClassVar[type]
+
+
+def parse_options(router: type[Told], config: MoEConfig) -> Any:
     """router.Options, filled from config.router_options; ConfigError says what is wrong and what would be right."""
     table = router.Options
     plain = [field.name for field in dataclasses.fields(table) if "option" not in field.metadata]

@@ -23,7 +23,7 @@ from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.moe import MoEConfig
 from megatron_moe.config.options import option
 from megatron_moe.moe.losses import router_stats
-from megatron_moe.moe.plan import RoutingPlan, TokenInfo, plan_from_choices
+from megatron_moe.moe.plan import RoutingPlan, TokenInfo
 from megatron_moe.moe.routers.router import Router
 from megatron_moe.moe.routers.top_k import best_experts
 
@@ -69,12 +69,11 @@ class STMoERouter(Router):
         shares = logits.gather(1, expert_ids).softmax(dim=1)
         passed_over = self._passed_over(shares.detach()[:, 1:], info)
         others = expert_ids[:, 1:].masked_fill(passed_over, self.config.num_experts)
-        return plan_from_choices(
+        return self.plan(
             torch.cat([expert_ids[:, :1], others], dim=1),
             shares,
             info,
-            num_experts=self.config.num_experts,
-            k_major=self.config.slot_priority == "k_major",
+            scores=scores,
             aux_losses=self.aux_losses(logits, scores, expert_ids, info),
             stats=router_stats(scores, info),
         )

@@ -20,7 +20,7 @@ from torch import Tensor
 from megatron_moe.config.moe import MoEConfig
 from megatron_moe.config.options import option
 from megatron_moe.moe.losses import router_stats
-from megatron_moe.moe.plan import RoutingPlan, TokenInfo, plan_from_choices
+from megatron_moe.moe.plan import RoutingPlan, TokenInfo
 from megatron_moe.moe.routers.router import Router
 from megatron_moe.moe.routers.top_k import best_experts
 
@@ -55,11 +55,11 @@ class SwitchRouter(Router):
         logits = self.logits(hidden)
         scores = logits.softmax(dim=1)
         expert_ids = best_experts(logits, 1)
-        return plan_from_choices(
+        return self.plan(
             expert_ids,
             scores.gather(1, expert_ids),
             info,
-            num_experts=self.config.num_experts,
+            scores=scores,
             aux_losses=self.aux_losses(logits, scores, expert_ids, info),
             stats=router_stats(scores, info),
         )

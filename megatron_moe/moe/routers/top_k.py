@@ -19,7 +19,7 @@ from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.moe import MoEConfig
 from megatron_moe.config.options import option
 from megatron_moe.moe.losses import BALANCE_CONVENTIONS, router_stats
-from megatron_moe.moe.plan import RoutingPlan, TokenInfo, plan_from_choices
+from megatron_moe.moe.plan import RoutingPlan, TokenInfo
 from megatron_moe.moe.routers.router import Router
 
 
@@ -80,12 +80,11 @@ class TopKRouter(Router):
         expert_ids = best_experts(logits, self.config.router_topk)
         # p_i / Σ p_j over the chosen is the softmax of the chosen logits, without a division by a small sum
         weights = logits.gather(1, expert_ids).softmax(dim=1) if self.sums_to_one else scores.gather(1, expert_ids)
-        return plan_from_choices(
+        return self.plan(
             expert_ids,
             weights * self.options.topk_scaling_factor,
             info,
-            num_experts=self.config.num_experts,
-            k_major=self.config.slot_priority == "k_major",
+            scores=scores,
             aux_losses=self.aux_losses(logits, scores, expert_ids, info, convention=self.options.balance),
             stats=router_stats(scores, info),
         )

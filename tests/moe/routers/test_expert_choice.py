@@ -110,9 +110,7 @@ def test_a_token_that_an_expert_wants_more_stays_with_it() -> None:
 
 
 def test_one_expert_for_all_is_the_dense_layer() -> None:
-    config = MoEConfig(
-        num_experts=1, router_type="expert_choice", router_topk=1, router_options={"capacity": "1"}
-    )
+    config = MoEConfig(num_experts=1, router_type="expert_choice", router_topk=1, router_options={"capacity": "1"})
     router = make_router(config, 5)
     plan = router(torch.randn(6, 5, dtype=torch.float64), token_info(6))
     assert weights_of(plan) == {(token, 0): 1.0 for token in range(6)}

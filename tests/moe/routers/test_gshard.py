@@ -36,9 +36,7 @@ def test_raw_weights_are_the_scores() -> None:
     torch.testing.assert_close(plan.combine_weights.view(6, 2), scores.gather(1, torch.tensor(CHOSEN)))
 
 
-@pytest.mark.parametrize(
-    ("places", "second"), [(3, {(0, 1), (1, 1), (3, 2)}), (2, {(0, 1), (3, 2)})]
-)
+@pytest.mark.parametrize(("places", "second"), [(3, {(0, 1), (1, 1), (3, 2)}), (2, {(0, 1), (3, 2)})])
 def test_the_worked_drops_come_out(places: int, second: set[tuple[int, int]]) -> None:
     config = replace(gshard(second_policy="all"), expert_capacity_factor=places / 3)
     router, tokens = golden_router(config)

@@ -15,9 +15,10 @@ from torch import Tensor
 from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.moe import MoEConfig
 from megatron_moe.moe.capacity import limit_is_causal, make_limit
+from megatron_moe.moe.methods import build_router, find_method
 from megatron_moe.moe.plan import RoutingPlan, TokenInfo
-from megatron_moe.moe.routers.registry import ROUTERS, build_router, find_router
-from megatron_moe.moe.routers.router import Router
+from megatron_moe.moe.routers.registry import ROUTERS
+from megatron_moe.moe.routers.router import Router, Site
 from megatron_moe.parallel.state import Axis
 
 # one line for each way of routing that is worth its own run; every registered router is among them
@@ -173,15 +174,15 @@ def test_every_split_of_a_group_gives_the_same_plan_losses_and_gradients() -> No
 )
 def test_wrong_configuration_is_refused_by_name(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        build_router(config_of(fields), HIDDEN, NOBODY, torch.float32, 0.02)
+        build_router(config_of(fields), HIDDEN, Site(NOBODY))
 
 
 def test_what_says_the_same_as_the_router_is_accepted() -> None:
     for fields in ({"router_type": "switch", "router_topk": 1}, {"router_type": "gshard", "router_topk": 2}):
-        build_router(config_of(fields), HIDDEN, NOBODY, torch.float32, 0.02)
+        build_router(config_of(fields), HIDDEN, Site(NOBODY))
     config = config_of({"router_topk": 1, "router_pre_softmax": True})
-    assert find_router("top_k").choices(config) == 1
-    build_router(config, HIDDEN, NOBODY, torch.float32, 0.02)
+    assert find_method("top_k").choices(config) == 1
+    build_router(config, HIDDEN, Site(NOBODY))
 
 
 def test_every_option_has_a_help_text_and_every_router_a_source() -> None:
@@ -245,7 +246,7 @@ def test_a_router_from_outside_the_package_runs_like_one_of_ours(tmp_path: Path)
     info = token_info(4)
     assert make_router(config, HIDDEN)(draw_tokens(info), info).expert_ids.tolist() == [1, 2, 3, 0]
     # each layer gets the same class
-    assert find_router(config.router_type) is find_router(config.router_type)
+    assert find_method(config.router_type) is find_method(config.router_type)
 
 
 @pytest.mark.parametrize(
@@ -261,11 +262,11 @@ def test_a_router_file_that_cannot_be_used_is_refused(tmp_path: Path, text: str,
     file = tmp_path / "my_router.py"
     file.write_text(text)
     with pytest.raises(ConfigError, match=message):
-        build_router(config_of({"router_type": f"{file}:{name}"}), HIDDEN, NOBODY, torch.float32, 0.02)
+        build_router(config_of({"router_type": f"{file}:{name}"}), HIDDEN, Site(NOBODY))
 
 
 def test_a_file_of_another_kind_is_no_router(tmp_path: Path) -> None:
     file = tmp_path / "my_router.txt"
     file.write_text("")
     with pytest.raises(ConfigError, match=r"must end in \.py"):
-        find_router(f"{file}:Mine")
+        find_method(f"{file}:Mine")

@@ -47,9 +47,7 @@ def test_the_balance_convention_is_an_option(convention: str, value: float) -> N
 
 def test_renormalised_softmax_before_the_choice_is_softmax_after_it() -> None:
     after, tokens = golden_router(MoEConfig(num_experts=4))
-    before, _ = golden_router(
-        MoEConfig(num_experts=4, router_pre_softmax=True, router_options={"renormalise": "true"})
-    )
+    before, _ = golden_router(MoEConfig(num_experts=4, router_pre_softmax=True, router_options={"renormalise": "true"}))
     info = token_info(6)
     assert weights_of(after(tokens, info)) == weights_of(before(tokens, info))
 
@@ -71,9 +69,7 @@ def test_top_k_equals_the_loop(
     dtype: torch.dtype, pre_softmax: bool, renormalise: bool | None, experts: int, choices: int, factor: float
 ) -> None:
     options = {"topk_scaling_factor": str(factor), "renormalise": str(renormalise).lower()}
-    config = MoEConfig(
-        num_experts=experts, router_topk=choices, router_pre_softmax=pre_softmax, router_options=options
-    )
+    config = MoEConfig(num_experts=experts, router_topk=choices, router_pre_softmax=pre_softmax, router_options=options)
     router = make_router(config, 5, dtype=dtype)
     info = token_info(6, 2, padding=[(5, 0)])
     tokens = torch.randn(12, 5, dtype=dtype)

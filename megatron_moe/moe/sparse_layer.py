@@ -1,0 +1,33 @@
+"""The interface of everything that may stand in a sparse layer's place, with or without a router."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from megatron_moe.layers.context import ForwardContext
+from megatron_moe.moe.plan import RoutingReport
+
+
+@dataclass(frozen=True)
+class Routed:
+    """What a sparse layer returns."""
+
+    hidden: Tensor
+    report: RoutingReport
+
+
+class SparseLayer(nn.Module, ABC):
+    """A feed-forward layer of which each token uses a part. A forward pass writes nothing to self."""
+
+    index: int  # global
+
+    @abstractmethod
+    def forward(self, hidden: Tensor, ctx: ForwardContext) -> Routed:
+        """(S/(cp·tp), B, H) under sequence parallelism, else (S/cp, B, H); the same shape back."""
+
+    def before_step(self, progress: float) -> None:
+        """0..1 of training."""
+
+    def after_step(self, own: dict[str, Tensor], model: dict[str, Tensor]) -> None:
+        """Summed statistics of this layer, and of all sparse layers, after the optimizer's update."""

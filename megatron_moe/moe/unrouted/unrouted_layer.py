@@ -1,0 +1,88 @@
+"""The interface of a sparse layer that is no assignment of tokens to experts; chosen by name like a router."""
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from megatron_moe.config.moe import MoEConfig
+from megatron_moe.config.parallel import ParallelConfig
+from megatron_moe.moe.facts import Facts
+from megatron_moe.moe.plan import RoutingReport, TokenInfo
+from megatron_moe.moe.routers.router import NoOptions
+from megatron_moe.moe.sparse_layer import SparseLayer
+from megatron_moe.parallel.layout import Init, ParamLayout, new_parameter
+from megatron_moe.parallel.state import ParallelState
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSite:
+    """Where an unrouted layer stands and how wide it is. dtype: the model's; wide: that of scores."""
+
+    index: int
+    hidden_size: int
+    ffn_size: int  # inner width of one expert
+    activation: str
+    init_std: float
+    output_std: float
+    dtype: torch.dtype
+    state: ParallelState
+
+    @property
+    def wide(self) -> torch.dtype:
+        return torch.promote_types(self.dtype, torch.float32)
+
+
+class UnroutedLayer(SparseLayer):
+    """Built like a router, from [moe] and its Options; it does the whole layer's work itself."""
+
+    Options: ClassVar[type] = NoOptions
+    facts: ClassVar[Facts | None] = None
+    unused_fields: ClassVar[tuple[str, ...]] = ()
+    is_random: ClassVar[bool] = False
+    is_causal: bool
+
+    @classmethod
+    def choices(cls, config: MoEConfig) -> int:
+        """How many experts, or runs of cells of an expert's width, a token uses."""
+        return config.router_topk
+
+    @classmethod
+    def check_layout(cls, parallel: ParallelConfig) -> None:
+        """Raises ConfigError, with the reason, for a layout on which this layer cannot run."""
+
+    def __init__(self, config: MoEConfig, options: Any, site: LayerSite) -> None:
+        super().__init__()
+        self.config = config
+        self.options = options
+        self.site = site
+        self.index = site.index
+        self.tp, self.ep, self.etp = site.state.tp, site.state.ep, site.state.etp
+        self.group_axis = site.state.tp_cp
+        self.setup()
+
+    @abstractmethod
+    def setup(self) -> None:
+        """Check the options and make the parameters."""
+
+    def new_weight(self, shape: tuple[int, ...], std: float) -> nn.Parameter:
+        """A replicated wide parameter, as a router's: each tensor-parallel rank sees other tokens."""
+        layout = ParamLayout(shape, sum_over=("tp",), init=Init(std=std))
+        return new_parameter(layout, dtype=self.site.wide)
+
+    def new_state(self, name: str, value: Tensor) -> None:
+        """Remember `value` as self.name: the same on all ranks, no gradient, saved and loaded with the weights."""
+        self.register_buffer(name, value)
+
+    def report(self, info: TokenInfo, tokens_per_expert: Tensor, stats: dict[str, Tensor]) -> RoutingReport:
+        """tokens_per_expert: (E,) uses of each expert, or run of cells of an expert's width, by local tokens."""
+        unserved = torch.zeros((), dtype=torch.int64, device=tokens_per_expert.device)
+        counts = {
+            "requested": tokens_per_expert,
+            "tokens_per_expert": tokens_per_expert,
+            "tokens": (~info.is_padding).sum(),
+            "tokens_unserved": unserved,
+        }
+        return RoutingReport(self.index, {}, {**counts, **stats})
