@@ -30,7 +30,7 @@ def build_router(config: MoEConfig, hidden_size: int, site: Site) -> Router:
     router = find_method(config.router_type)
     assert issubclass(router, Router)
     refuse_unused(router, config)
-    return router(config, hidden_size, parse_options(router, config), site)
+    return router(config, hidden_size, parse_options(router.Options, config), site)
 
 
 def build_unrouted(config: MoEConfig, site: LayerSite) -> UnroutedLayer:
@@ -38,7 +38,7 @@ def build_unrouted(config: MoEConfig, site: LayerSite) -> UnroutedLayer:
     layer = find_method(config.router_type)
     assert issubclass(layer, UnroutedLayer)
     refuse_unused(layer, config)
-    return layer(config, parse_options(layer, config), site)
+    return layer(config, parse_options(layer.Options, config), site)
 
 
 def find_method(router_type: str) -> Method:

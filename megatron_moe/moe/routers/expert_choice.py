@@ -68,7 +68,7 @@ class ExpertChoiceRouter(Router):
     @classmethod
     def choices(cls, config: MoEConfig) -> int:
         """Assignments of one token on average, rounded up; no limit follows, so none is computed from it."""
-        capacity: float = parse_options(cls, config).capacity
+        capacity: float = parse_options(cls.Options, config).capacity
         return math.ceil(capacity)
 
     def forward(self, tokens: Tensor, info: TokenInfo) -> RoutingPlan:

@@ -1,7 +1,7 @@
 """From `--moe-router-options name=value ...` to the Options of one router."""
 
 import dataclasses
-from typing import Any, ClassVar, Protocol
+from typing import Any
 
 from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.hints import did_you_mean
@@ -12,15 +12,8 @@ from megatron_moe.config.values import parse
 _WORDS = {"none": None, "true": True, "false": False}
 
 
-class Told(Protocol):
-    """A class that says what it alone can be told."""
-
-    Options: ClassVar[type]
-
-
-def parse_options(router: type[Told], config: MoEConfig) -> Any:
-    """router.Options, filled from config.router_options; ConfigError says what is wrong and what would be right."""
-    table = router.Options
+def parse_options(table: type, config: MoEConfig) -> Any:
+    """A router's Options, filled from config.router_options; ConfigError says what is wrong and what would be right."""
     plain = [field.name for field in dataclasses.fields(table) if "option" not in field.metadata]
     if plain:
         raise ConfigError(
