@@ -36,8 +36,8 @@ class ModelConfig:
     activation: str = option(
         "swiglu",
         "feed-forward activation; swiglu and geglu have a gate projection",
-        choices=("swiglu", "geglu", "gelu"),
-        shortcuts={"--swiglu": "swiglu", "--geglu": "geglu", "--gelu": "gelu"},
+        choices=("swiglu", "geglu", "gelu", "relu"),
+        shortcuts={"--swiglu": "swiglu", "--geglu": "geglu", "--gelu": "gelu", "--relu": "relu"},
     )
     qk_layernorm: str = option(
         "none",

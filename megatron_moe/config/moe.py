@@ -22,7 +22,27 @@ class MoEConfig:
     ffn_hidden_size: int | None = option(
         None, "inner width of one expert; none = that of a dense feed-forward layer", at_least=1
     )
-    router_type: str = option("top_k", "who chooses the experts: a name in moe/routers/registry.py")
+    activation: str | None = option(
+        None,
+        "activation of the experts; none = that of the dense feed-forward layers",
+        choices=("swiglu", "geglu", "gelu", "relu"),
+    )
+    expert_bias: str = option(
+        "none",
+        "a learned vector of each expert after its activation, added or multiplied (ST-MoE, appendix C)",
+        choices=("none", "additive", "multiplicative"),
+    )
+    expert_dropout: float = option(
+        0.0, "share of an expert's inner features dropped in training; 0.4 in Switch's fine-tuning", at_least=0, below=1
+    )
+    extra_ffn: str = option(
+        "none",
+        "a dense feed-forward layer, with its own norm and residual, beside each sparse one (ST-MoE, appendix C)",
+        choices=("none", "before", "after"),
+    )
+    router_type: str = option(
+        "top_k", "who chooses the experts: a name of tools/list_routers.py, or path/to/file.py:ClassName"
+    )
     router_topk: int = option(2, "experts per token; 1 in Switch, 2 in GShard and Mixtral, 8 in OLMoE", at_least=1)
     router_pre_softmax: bool = option(
         False, "softmax over all experts before the choice, not over the chosen ones after it"
@@ -66,6 +86,20 @@ class MoEConfig:
     )
     router_options: dict[str, str] = option(
         {}, "what this router alone can be told, as name=value ...; given without any, forgets those of the recipe"
+    )
+    consistency_coeff: float | None = option(
+        None,
+        "see each sample twice in a step, and hold the two predictions together by this weight of their symmetric KL; "
+        "5 in THOR's recipe; none = one pass",
+        at_least=0,
+    )
+    consistency_cross_entropy: str = option(
+        "sum", "the cross-entropies of the two passes, as in THOR, or their mean", choices=("sum", "mean")
+    )
+    aux_layer_reduction: str = option(
+        "sum",
+        "auxiliary losses of the layers: their sum (Switch, Mesh-TensorFlow, Megatron) or mean (t5x)",
+        choices=("sum", "mean"),
     )
     allow_noncausal: bool = option(
         False, "accept a router that looks at later tokens in a causal model (expert choice does)"

@@ -56,6 +56,11 @@ RULES = (
         "without a shared expert; leave it out, or give --moe-shared-expert-intermediate-size",
     ),
     Rule(
+        ("moe.consistency_cross_entropy",),
+        lambda run: run.moe.consistency_coeff is None,
+        "when each sample is seen once; leave it out, or give --moe-consistency-coeff",
+    ),
+    Rule(
         ROTARY,
         lambda run: run.model.position_embedding_type != "rope",
         "without rotary embedding; leave it out, or use --position-embedding-type rope",

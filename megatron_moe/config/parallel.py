@@ -29,6 +29,11 @@ class ParallelConfig:
         "order of the micro-batches: 1F1B, or one micro-batch at a time (least memory, stages mostly idle)",
         choices=("1f1b", "1f1b_split", "sequential"),
     )
+    recompute_granularity: str | None = option(
+        None,
+        "full = keep only the input of each layer, and run the layer again in the backward pass; none = keep all",
+        choices=("full",),
+    )
     use_distributed_optimizer: bool = option(True, "split the optimizer state over the data-parallel ranks (ZeRO-1)")
     ddp_bucket_size: int = option(40_000_000, "gradients are reduced in buckets of about so many elements", at_least=1)
     distributed_backend: str = option("auto", "auto = nccl on GPUs, gloo on CPUs", choices=("auto", "nccl", "gloo"))

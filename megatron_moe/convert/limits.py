@@ -34,6 +34,12 @@ def common_obstacles(shape: ModelShape, *, qk_layernorm: str) -> list[str]:
         found.append(f"--normalization {model.normalization}: the family has RMSNorm; train with that")
     if model.activation != "swiglu":
         found.append(f"--activation {model.activation}: the family's experts are SwiGLU; train with --swiglu")
+    if moe.activation not in (None, "swiglu"):
+        found.append(f"--moe-activation {moe.activation}: the family's experts are SwiGLU; leave it out in training")
+    if moe.expert_bias != "none":
+        found.append(f"--moe-expert-bias {moe.expert_bias}: the family's experts have none; train without it")
+    if moe.extra_ffn != "none":
+        found.append(f"--moe-extra-ffn {moe.extra_ffn}: the family has no layer beside the sparse ones; train without")
     if moe.shared_expert_intermediate_size:
         found.append(
             f"--moe-shared-expert-intermediate-size {moe.shared_expert_intermediate_size}: the family has no shared "

@@ -32,8 +32,9 @@ def refuse_context_parallelism(size: int) -> None:
         )
 
 
-def decoding_view(tokens: Tensor, start: int, sample_ids: Tensor) -> SequenceView:
-    """tokens (S, B) int64 that stand from index `start` on in their sequences, without padding."""
+def decoding_view(tokens: Tensor, start: int, sample_ids: Tensor, before: Tensor | None = None) -> SequenceView:
+    """tokens (S, B) int64 that stand from index `start` on in their sequences, without padding; before: (B,) the ids
+    of the tokens that precede them."""
     length, samples = tokens.shape
     rows = torch.arange(length, device=tokens.device)
     return SequenceView(
@@ -44,6 +45,7 @@ def decoding_view(tokens: Tensor, start: int, sample_ids: Tensor) -> SequenceVie
         rows=rows,
         segmented=False,
         start=start,
+        before=before,
     )
 
 
@@ -142,9 +144,9 @@ class Generator:
         cache = ReservedCache.for_stages([self._stage], max_length=most, num_samples=samples, device=self._device)
         answers: list[list[int]] = [[] for _ in range(samples)]
         ended = [False] * samples
-        tokens = batch.tokens
+        tokens, before = batch.tokens, None
         for position in range(length, length + max_new_tokens):
-            logits = self._run(tokens, batch.sample_ids, cache, random)
+            logits = self._run(tokens, before, batch.sample_ids, cache, random)
             uniform = random.at(stream="sample").uniform(draw_keys(batch.sample_ids.cpu(), position))
             chosen = self._agree(logits, uniform, sampling, position)
             for sample, token in enumerate(chosen.tolist()):
@@ -153,13 +155,15 @@ class Generator:
                     answers[sample].append(token)
             if all(ended):
                 break
-            tokens = chosen[None]
+            tokens, before = chosen[None], tokens[-1]
         return answers
 
-    def _run(self, tokens: Tensor, sample_ids: Tensor, cache: ReservedCache, random: KeyedRandom) -> Tensor | None:
+    def _run(
+        self, tokens: Tensor, before: Tensor | None, sample_ids: Tensor, cache: ReservedCache, random: KeyedRandom
+    ) -> Tensor | None:
         """One pass over tokens (S, B): logits (B, V/tp) of the last row on the last stage, None elsewhere."""
         ctx = ForwardContext(
-            view=decoding_view(tokens, cache.position, sample_ids),
+            view=decoding_view(tokens, cache.position, sample_ids, before),
             random=random,
             train=False,
             sequence_parallel=False,

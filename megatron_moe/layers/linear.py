@@ -18,6 +18,8 @@ class _Linear(Function):
     def forward(ctx: Any, input: Tensor, weight: Tensor, out_features: int, sink: WeightGradients | None) -> Tensor:
         ctx.save_for_backward(input, weight)
         ctx.out_features, ctx.sink = out_features, sink
+        # what recomputation saves again has lost its attributes, and with them the sum that gradients go to
+        ctx.parameter = weight
         return torch.nn.functional.linear(input, weight.view(out_features, -1))
 
     @staticmethod
@@ -38,7 +40,7 @@ class _Linear(Function):
             else:
                 flat.add_(rows.t() @ columns)
 
-        ctx.sink.add(weight, accumulate)
+        ctx.sink.add(ctx.parameter, accumulate)
         return grad_input, None, None, None
 
 

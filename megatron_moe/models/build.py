@@ -60,6 +60,7 @@ def gpt_spec(config: RunConfig, vocab_size: int) -> GPTSpec:
         norm_epsilon=model.norm_epsilon,
         dtype=dtype,
         sequence_parallel=sequence_parallel,
+        recompute=config.parallel.recompute_granularity == "full",
     )
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from megatron_moe.layers.context import ForwardContext
 from megatron_moe.layers.embedding import VocabularyEmbedding, VocabularyHead, project_to_vocabulary
@@ -29,6 +30,7 @@ class GPTSpec:
     norm_epsilon: float
     dtype: torch.dtype
     sequence_parallel: bool
+    recompute: bool = False  # run each layer again in the backward pass instead of keeping its tensors
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class GPTStage(nn.Module):
         hidden = self.embedding(ctx) if self.first else tensors["hidden"]
         reports = []
         for layer in self.layers.values():
-            hidden, report = layer(hidden, ctx)
+            hidden, report = self._run(layer, hidden, ctx)
             if report is not None:
                 reports.append(report)
         if not self.last:
@@ -82,6 +84,15 @@ class GPTStage(nn.Module):
         weight = self.embedding.weight if self.spec.tied else self.output.weight
         logits = project_to_vocabulary(self.final_norm(hidden), weight, self.tp, ctx)
         return StageOutput({"logits": logits}, reports)
+
+    def _run(self, layer: nn.Module, hidden: Tensor, ctx: ForwardContext) -> tuple[Tensor, RoutingReport | None]:
+        if not (self.spec.recompute and ctx.train):
+            found: tuple[Tensor, RoutingReport | None] = layer(hidden, ctx)
+            return found
+        # draws are keyed, so that there is no generator to restore; whole layers, for collectives must pair up
+        with set_checkpoint_early_stop(False):
+            found = checkpoint(layer, hidden, ctx, use_reentrant=False, preserve_rng_state=False)
+        return found
 
     def moe_layers(self) -> dict[int, SparseLayer]:
         """The sparse layers of this stage by global index."""

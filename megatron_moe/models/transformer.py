@@ -51,7 +51,7 @@ def build_sparse(spec: LayerSpec, moe: MoEConfig, state: ParallelState) -> Spars
         index=spec.index,
         hidden_size=shape.hidden_size,
         ffn_size=moe.expert_ffn_size(spec.ffn_size),
-        activation=spec.activation,
+        activation=moe.activation or spec.activation,
         init_std=shape.init_std,
         output_std=shape.output_std,
         dtype=spec.dtype,
@@ -69,12 +69,14 @@ def build_moe(spec: LayerSpec, moe: MoEConfig, state: ParallelState) -> MoELayer
         moe.num_experts,
         shape.hidden_size,
         moe.expert_ffn_size(spec.ffn_size),
-        spec.activation,
+        moe.activation or spec.activation,
         state.ep,
         state.etp,
         init_std=shape.init_std,
         output_std=shape.output_std,
         dtype=spec.dtype,
+        bias=moe.expert_bias,
+        dropout=moe.expert_dropout,
     )
     dispatcher = build_dispatcher(
         moe.token_dispatcher_type, moe.num_experts, state.ep, state.etp, preferred=router.dispatcher
@@ -100,39 +102,67 @@ def _shared_expert(spec: LayerSpec, moe: MoEConfig, state: ParallelState) -> Sha
     )
 
 
+def build_mlp(spec: LayerSpec, state: ParallelState) -> MLP:
+    """The dense feed-forward layer of a spec."""
+    shape = spec.attention
+    return MLP(
+        shape.hidden_size,
+        spec.ffn_size,
+        spec.activation,
+        state.tp,
+        init_std=shape.init_std,
+        output_std=shape.output_std,
+        dtype=spec.dtype,
+    )
+
+
+def _norm(spec: LayerSpec) -> Norm:
+    shape = spec.attention
+    partial = spec.sequence_parallel
+    return Norm(shape.hidden_size, spec.normalization, shape.norm_epsilon, partial=partial, dtype=spec.dtype)
+
+
+class ExtraFFN(nn.Module):
+    """A dense feed-forward sub-layer beside a sparse one, with its own norm.  [ST-MoE, arXiv:2202.08906, appendix C]"""
+
+    def __init__(self, spec: LayerSpec, state: ParallelState) -> None:
+        super().__init__()
+        self.norm = _norm(spec)
+        self.mlp = build_mlp(spec, state)
+
+    def forward(self, hidden: Tensor, ctx: ForwardContext) -> Tensor:
+        """The residual is inside."""
+        added: Tensor = self.mlp(self.norm(hidden), ctx)
+        return hidden + added
+
+
 class TransformerLayer(nn.Module):
     """norm, attention, residual, norm, MLP or MoE, residual."""
 
     def __init__(self, spec: LayerSpec, state: ParallelState) -> None:
         super().__init__()
-        shape = spec.attention
-        self.attention_norm = self._norm(spec)
-        self.attention = Attention(spec.index, shape, state.tp, GatheredAttention(state.cp), dtype=spec.dtype)
-        self.mlp_norm = self._norm(spec)
+        self.attention_norm = _norm(spec)
+        self.attention = Attention(spec.index, spec.attention, state.tp, GatheredAttention(state.cp), dtype=spec.dtype)
+        self.mlp_norm = _norm(spec)
         self.mlp: MLP | SparseLayer
+        self.extra_place = "none" if spec.moe is None else spec.moe.extra_ffn
         if spec.moe is not None:
             self.mlp = build_sparse(spec, spec.moe, state)
         else:
-            self.mlp = MLP(
-                shape.hidden_size,
-                spec.ffn_size,
-                spec.activation,
-                state.tp,
-                init_std=shape.init_std,
-                output_std=shape.output_std,
-                dtype=spec.dtype,
-            )
-
-    @staticmethod
-    def _norm(spec: LayerSpec) -> Norm:
-        shape = spec.attention
-        partial = spec.sequence_parallel
-        return Norm(shape.hidden_size, spec.normalization, shape.norm_epsilon, partial=partial, dtype=spec.dtype)
+            self.mlp = build_mlp(spec, state)
+        if self.extra_place != "none":
+            self.extra_ffn = ExtraFFN(spec, state)
 
     def forward(self, hidden: Tensor, ctx: ForwardContext) -> tuple[Tensor, RoutingReport | None]:
         hidden = hidden + self.attention(self.attention_norm(hidden), ctx)
+        if self.extra_place == "before":
+            hidden = self.extra_ffn(hidden, ctx)
         normed = self.mlp_norm(hidden)
         if isinstance(self.mlp, SparseLayer):
             routed = self.mlp(normed, ctx)
-            return hidden + routed.hidden, routed.report
-        return hidden + self.mlp(normed, ctx), None
+            hidden, report = hidden + routed.hidden, routed.report
+        else:
+            hidden, report = hidden + self.mlp(normed, ctx), None
+        if self.extra_place == "after":
+            hidden = self.extra_ffn(hidden, ctx)
+        return hidden, report

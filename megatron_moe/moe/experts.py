@@ -1,14 +1,26 @@
 """The experts of this rank: stacked weights, one grouped product for each matrix."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
 from megatron_moe.layers.weight_gradients import WeightGradients
+from megatron_moe.moe.expert_dropout import ExpertDropout
 from megatron_moe.ops.activation import ACTIVATIONS
 from megatron_moe.ops.grouped_gemm import grouped_linear
 from megatron_moe.parallel.collectives import copy_to, gather_for_partial, reduce_from
 from megatron_moe.parallel.layout import Init, ParamLayout, new_parameter
+from megatron_moe.parallel.random import KeyedRandom
 from megatron_moe.parallel.state import Axis
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What dropout is drawn by: the key of each row's token, (R,) int64, and the pass's stream."""
+
+    tokens: Tensor
+    random: KeyedRandom
 
 
 class Experts(nn.Module):
@@ -26,7 +38,10 @@ class Experts(nn.Module):
         init_std: float,
         output_std: float,
         dtype: torch.dtype,
+        bias: str = "none",
+        dropout: float = 0.0,
     ) -> None:
+        """bias: "additive" or "multiplicative", a vector of width F for each expert.  [ST-MoE, appendix C]"""
         super().__init__()
         branches, self.activation = ACTIVATIONS[activation]
         self.hidden_size = hidden_size
@@ -40,14 +55,44 @@ class Experts(nn.Module):
 
         self.w1 = weight((num_experts, branches, ffn_size, hidden_size), 2, init_std)
         self.w2 = weight((num_experts, hidden_size, ffn_size), 2, output_std)
+        self.bias_kind = bias
+        if bias != "none":
+            splits = {0: "ep", 1: "etp"}
+            start = Init(constant=1.0 if bias == "multiplicative" else 0.0)
+            layout = ParamLayout(
+                (num_experts, ffn_size), splits, reduce_over="edp", stacked=True, decay=False, init=start
+            )
+            self.bias = new_parameter(layout, ep, etp, dtype=dtype)
+        self.dropout = ExpertDropout(dropout, etp) if dropout else None
 
-    def forward(self, rows: Tensor, tokens_per_expert: list[int], gradients: WeightGradients | None) -> Tensor:
-        """rows (R, H) sorted by expert -> (R, H), a partial sum when etp > 1."""
+    def forward(
+        self,
+        rows: Tensor,
+        tokens_per_expert: list[int],
+        gradients: WeightGradients | None,
+        draws: Draws | None = None,
+    ) -> Tensor:
+        """rows (R, H) sorted by expert -> (R, H), a partial sum when etp > 1.   draws: None drops nothing."""
         _, branches, local_ffn, _ = self.w1.shape
         sink = None if gradients is None else gradients.add
         inner = grouped_linear(rows, self.w1, branches * local_ffn, tokens_per_expert, sink)
         joined = self.activation(inner.view(inner.shape[0], branches, local_ffn))
+        if self.bias_kind != "none" or draws is not None:
+            joined = self._finish(joined, tokens_per_expert, draws)
         return grouped_linear(joined, self.w2, self.hidden_size, tokens_per_expert, sink)
+
+    def _finish(self, joined: Tensor, tokens_per_expert: list[int], draws: Draws | None) -> Tensor:
+        """Bias and dropout between the two products: (R, F/etp)."""
+        counts = torch.tensor(tokens_per_expert, device=joined.device)
+        local = torch.arange(len(counts), device=joined.device)
+        experts = local.repeat_interleave(counts, output_size=joined.shape[0])
+        if self.bias_kind == "additive":
+            joined = joined + self.bias[experts]
+        elif self.bias_kind == "multiplicative":
+            joined = joined * self.bias[experts]
+        if draws is None or self.dropout is None:
+            return joined
+        return self.dropout(joined, draws.tokens, experts + self.ep.rank * len(counts), draws.random)
 
     def mean_keys(self) -> Tensor:
         """(E, H) wide: the mean row of each expert's gate matrix, of all experts on all ranks, with gradient.

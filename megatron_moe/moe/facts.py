@@ -1,6 +1,8 @@
 """What a way of routing says of itself in the list of routers."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -9,7 +11,8 @@ class Facts:
 
     batch_independent: no other sequence of the batch changes a token's experts, without a capacity and with routing
     groups of one sample.   losses: the router's own, with the default of its coefficient, beside the balance and z
-    losses that MoEConfig weighs.
+    losses that MoEConfig weighs.   example: fields of [moe], beside router_type, for a small model of four experts: what
+    the checks of the list, and whoever wants to try this way of routing, begin with.
     """
 
     paper: str  # "Switch, arXiv:2101.03961"
@@ -20,3 +23,4 @@ class Facts:
     capacity: str  # the paper's convention: "T/E · CF", "dropless", "exactly T·c/E"
     losses: tuple[str, ...] = ()  # "balance 0.01"
     good_for: str
+    example: Mapping[str, Any] = field(default_factory=dict)

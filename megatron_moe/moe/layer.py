@@ -11,7 +11,7 @@ from megatron_moe.moe.dispatch.all_to_all import AllToAllDispatcher
 from megatron_moe.moe.dispatch.dispatcher import Dispatcher
 from megatron_moe.moe.dispatch.local import LocalDispatcher
 from megatron_moe.moe.dispatch.one_per_rank import OnePerRankDispatcher
-from megatron_moe.moe.experts import Experts
+from megatron_moe.moe.experts import Draws, Experts
 from megatron_moe.moe.plan import RoutingReport
 from megatron_moe.moe.routers.router import Router
 from megatron_moe.moe.shared_expert import SharedExpert
@@ -67,8 +67,10 @@ class MoELayer(SparseLayer):
             info = replace(info, expert_keys=self.experts.mean_keys().to(self.router.dtype))
         requested = self.router(tokens, info)
         plan = self.limit(requested, info)
-        batch = self.dispatcher.dispatch(tokens, plan)
-        answers = self.experts(batch.rows, batch.tokens_per_expert, ctx.weight_gradients)
+        drops = info.train and self.experts.dropout is not None
+        batch = self.dispatcher.dispatch(tokens, plan, info.global_keys if drops else None)
+        draws = None if batch.keys is None else Draws(batch.keys, info.random)
+        answers = self.experts(batch.rows, batch.tokens_per_expert, ctx.weight_gradients, draws)
         out = self.dispatcher.combine(answers, batch).view(rows.shape)
         if not ctx.sequence_parallel:
             out = gather_from(out, self.tp, ctx.view.num_rows)

@@ -11,9 +11,11 @@ from megatron_moe.config.hints import did_you_mean
 from megatron_moe.config.moe import MoEConfig
 from megatron_moe.config.options import settings_of
 from megatron_moe.config.values import written
+from megatron_moe.moe.layer import MoELayer
 from megatron_moe.moe.routers.options import parse_options
 from megatron_moe.moe.routers.registry import ROUTERS
 from megatron_moe.moe.routers.router import Router, Site
+from megatron_moe.moe.sparse_layer import SparseLayer
 from megatron_moe.moe.unrouted.registry import UNROUTED
 from megatron_moe.moe.unrouted.unrouted_layer import LayerSite, UnroutedLayer
 
@@ -53,6 +55,14 @@ def find_method(router_type: str) -> Method:
             f"Use one of {', '.join(METHODS)}, or path/to/file.py:ClassName."
         )
     return METHODS[router_type]
+
+
+def deciding_part(layer: SparseLayer) -> Router | UnroutedLayer:
+    """Who decides in a sparse layer: its router, or the layer itself."""
+    if isinstance(layer, MoELayer):
+        return layer.router
+    assert isinstance(layer, UnroutedLayer)
+    return layer
 
 
 def refuse_unused(router: Method, config: MoEConfig) -> None:

@@ -23,10 +23,16 @@ def gelu(inner: Tensor) -> Tensor:
     return F.gelu(inner.squeeze(-2))
 
 
+def relu(inner: Tensor) -> Tensor:
+    """inner (..., 1, F).  [Switch, arXiv:2101.03961]"""
+    return F.relu(inner.squeeze(-2))
+
+
 Activation = Callable[[Tensor], Tensor]
 
 ACTIVATIONS: dict[str, tuple[int, Activation]] = {  # how many inner branches, and what joins them
     "swiglu": (2, swiglu),
     "geglu": (2, geglu),
     "gelu": (1, gelu),
+    "relu": (1, relu),
 }

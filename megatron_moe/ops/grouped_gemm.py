@@ -60,6 +60,8 @@ class _Grouped(Function):
     ) -> Tensor:
         ctx.save_for_backward(rows, weight)
         ctx.out_features, ctx.counts, ctx.sink = out_features, counts, sink
+        # what recomputation saves again has lost its attributes, and with them the sum that gradients go to
+        ctx.parameter = weight
         return product(rows, weight.view(weight.shape[0], out_features, -1), counts)
 
     @staticmethod
@@ -80,7 +82,7 @@ class _Grouped(Function):
             total = torch.zeros_like(weight)
             accumulate(total)
             return grad_rows, total, None, None, None
-        ctx.sink(weight, accumulate)
+        ctx.sink(ctx.parameter, accumulate)
         return grad_rows, None, None, None, None
 
 

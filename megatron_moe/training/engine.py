@@ -23,6 +23,7 @@ from megatron_moe.pipeline.schedules import SCHEDULES, forward_only
 from megatron_moe.pipeline.transfer import Transfer
 from megatron_moe.training.faults import check_finite
 from megatron_moe.training.metrics import LayerStats, MetricsReducer, StepMetrics
+from megatron_moe.training.objective import GlobalCounts, Objective
 from megatron_moe.training.step import StepProgram, count_batches
 
 
@@ -69,6 +70,9 @@ class Engine:
         )
         self.optimizer = ShardedAdamW(self.buckets, config.optimizer)
         self._random = KeyedRandom(config.training.seed)
+        self.objective = Objective.of(config.moe)
+        num_sparse = sum(layer.moe is not None for layer in self.spec.layers)
+        self._aux_share = 1.0 / max(1, num_sparse) if config.moe.aux_layer_reduction == "mean" else 1.0
         self._metrics = MetricsReducer(state, device)
         self._validation_metrics = MetricsReducer(state, device)
         # the executor numbers stages over the pipeline, the buckets over this rank
@@ -91,10 +95,7 @@ class Engine:
         training = self.config.training
         for layer in self._moe_layers().values():
             layer.before_step(step / training.num_steps)
-        counts = count_batches(batches, self.config.moe.routing_group_samples, self.state, self.device)
-        program = StepProgram(
-            self.stages, batches, counts, self.state, self._random.at(step=step), self.device, train=True
-        )
+        program, counts = self._program(batches, self._random.at(step=step), self.objective, train=True)
         self.buckets.zero_()
         schedule = SCHEDULES[self.config.parallel.pipeline_schedule](self.state.pp.size, len(batches))
         self._executor.train(schedule[self.state.pp.rank], program)
@@ -112,11 +113,28 @@ class Engine:
 
     def evaluate(self, batches: Sequence[Batch]) -> tuple[StepMetrics, float]:
         """The metrics of one global batch without learning from it, and over how many tokens its loss is the mean."""
-        counts = count_batches(batches, self.config.moe.routing_group_samples, self.state, self.device)
-        program = StepProgram(self.stages, batches, counts, self.state, self._random, self.device, train=False)
+        program, counts = self._program(batches, self._random, Objective(), train=False)
         schedule = forward_only(self.state.pp.size, len(batches))
         self._executor.evaluate(schedule[self.state.pp.rank], program)
         return self._validation_metrics.reduce(program.findings, counts), counts.loss_tokens
+
+    def _program(
+        self, batches: Sequence[Batch], random: KeyedRandom, objective: Objective, *, train: bool
+    ) -> tuple[StepProgram, GlobalCounts]:
+        group_samples = self.config.moe.routing_group_samples
+        counts = count_batches(batches, group_samples, objective.num_passes, self.state, self.device)
+        program = StepProgram(
+            self.stages,
+            batches,
+            counts,
+            self.state,
+            random,
+            self.device,
+            train=train,
+            objective=objective,
+            aux_share=self._aux_share,
+        )
+        return program, counts
 
     def _moe_layers(self) -> dict[int, SparseLayer]:
         return {index: layer for stage in self.stages for index, layer in stage.moe_layers().items()}

@@ -30,14 +30,20 @@ def flops_per_token(config: RunConfig, vocab_size: int) -> float:
     query = model.num_attention_heads * head_dim
     projections = 2 * hidden * (2 * query + 2 * model.groups * head_dim)
     scores = 2 * config.data.seq_length * query  # causal half of 4 s n_h d_h
-    per_width = (6 if model.activation in ("swiglu", "geglu") else 4) * hidden
-    dense = per_width * model.ffn_size
+    dense = _per_width(model.activation) * hidden * model.ffn_size
     # the router's own number: Switch sends a token to one expert whatever --moe-router-topk says
     choices = find_method(moe.router_type).choices(moe) if moe.num_experts else 0
-    sparse = per_width * (choices * moe.expert_ffn_size(model.ffn_size) + (moe.shared_expert_intermediate_size or 0))
+    sparse = _per_width(moe.activation or model.activation) * hidden * choices * moe.expert_ffn_size(model.ffn_size)
+    sparse += _per_width(model.activation) * hidden * (moe.shared_expert_intermediate_size or 0)
+    sparse += dense if moe.extra_ffn != "none" else 0
     pattern = moe.moe_layers(model.num_layers)
     layers = sum(projections + scores + (sparse if is_sparse else dense) for is_sparse in pattern)
     return 3.0 * (layers + 2 * hidden * vocab_size)
+
+
+def _per_width(activation: str) -> int:
+    """FLOPs of a feed-forward layer for each element of hidden x inner width."""
+    return 6 if activation in ("swiglu", "geglu") else 4
 
 
 def peak_flops(device_name: str) -> float | None:

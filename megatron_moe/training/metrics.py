@@ -41,23 +41,28 @@ class MetricsReducer:
 
     def reduce(self, findings: Findings, counts: GlobalCounts) -> StepMetrics:
         """Returns the step's metrics; waits for the device."""
-        losses = self._loss(findings)
+        loss, consistency = self._losses(findings)
         layers = self._layers(findings)
-        aux: dict[str, float] = {}
+        targets = max(1.0, counts.loss_tokens)
+        aux = {} if consistency is None else {"consistency_loss": consistency / targets}
         for stats in layers.values():
             for key, value in stats.items():
                 if key.startswith("loss/"):
                     _, per, name = key.split("/")
-                    whole = counts.groups if per == "group" else counts.tokens
-                    aux[name] = aux.get(name, 0.0) + float(value) / max(1, whole)
-        return StepMetrics(losses / max(1.0, counts.loss_tokens), aux, layers)
+                    aux[name] = aux.get(name, 0.0) + float(value) / counts.number_of(per)
+        return StepMetrics(loss / targets, aux, layers)
 
-    def _loss(self, findings: Findings) -> float:
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
+    def _losses(self, findings: Findings) -> tuple[float, float | None]:
+        """Cross-entropy and consistency, summed over the ranks; the latter None where each sample is seen once."""
+        total = torch.zeros(3, dtype=torch.float64, device=self.device)
         # all ranks of tp hold the same share: the first one speaks
-        if findings.loss is not None and self.state.tp.is_first:
-            total = total + findings.loss.double()
-        return float(self.state.world.comm.all_reduce_(total))
+        if self.state.tp.is_first:
+            if findings.loss is not None:
+                total[0] = findings.loss
+            if findings.consistency is not None:
+                total[1], total[2] = findings.consistency, 1.0
+        loss, consistency, told = self.state.world.comm.all_reduce_(total).tolist()
+        return loss, consistency if told else None
 
     def _layers(self, findings: Findings) -> LayerStats:
         named = [

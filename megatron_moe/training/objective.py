@@ -1,9 +1,15 @@
-"""What is minimised: the mean loss per token of the global batch, and the auxiliary losses of the routers."""
+"""What is minimised: the mean loss per token of the global batch, and the auxiliary losses of the routers.
+
+With stochastic experts (THOR, arXiv:2110.04260, section 3) each sample is seen twice, with other draws, and the two
+predictions are held together: CE(p1) + CE(p2) + alpha · symmetric KL(p1, p2), all per target token.
+"""
 
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from megatron_moe.config.moe import MoEConfig
+from megatron_moe.layers.consistency import symmetric_divergence
 from megatron_moe.layers.context import ForwardContext
 from megatron_moe.layers.loss import vocabulary_cross_entropy
 from megatron_moe.moe.plan import AuxLoss
@@ -15,21 +21,58 @@ class GlobalCounts:
     """What the losses of one step are divided by: counts over the whole global batch, known before any forward pass."""
 
     loss_tokens: float  # Σ loss_mask
-    tokens: int  # non-padding tokens
-    groups: int  # routing groups
+    tokens: int  # non-padding tokens, in every pass
+    groups: int  # routing groups, in every pass
+    sequences: int  # samples, in every pass
 
     def aux_scale(self, loss: AuxLoss) -> float:
         """The factor of a router's share in the objective."""
-        return loss.weight / max(1, self.groups if loss.per == "group" else self.tokens)
+        return loss.weight / self.number_of(loss.per)
+
+    def number_of(self, unit: str) -> int:
+        """Routing groups, samples or tokens in the global batch, at least 1.   unit: AuxLoss.per"""
+        return max(1, {"group": self.groups, "sequence": self.sequences, "token": self.tokens}[unit])
 
 
-def token_loss_share(
+@dataclass(frozen=True)
+class Objective:
+    """How often a sample is seen in a step, and what the passes add up to."""
+
+    num_passes: int = 1
+    cross_entropy_weight: float = 1.0  # of each pass
+    consistency_weight: float = 0.0
+
+    @classmethod
+    def of(cls, moe: MoEConfig) -> "Objective":
+        """Two passes where the configuration asks for consistency."""
+        if moe.consistency_coeff is None:
+            return cls()
+        weight = 1.0 if moe.consistency_cross_entropy == "sum" else 0.5
+        return cls(2, weight, moe.consistency_coeff)
+
+
+@dataclass(frozen=True)
+class TokenLosses:
+    """Sums over the target tokens of this context-parallel rank, () wide, the same on all ranks of tp."""
+
+    cross_entropy: Tensor  # mean over the passes
+    consistency: Tensor | None  # None after a single pass
+
+    def objective(self, rule: Objective) -> Tensor:
+        """What is differentiated, still to be divided by the global batch's target tokens."""
+        total = self.cross_entropy * (rule.cross_entropy_weight * rule.num_passes)
+        return total if self.consistency is None else total + rule.consistency_weight * self.consistency
+
+
+def token_losses(
     logits: Tensor, labels: Tensor, loss_mask: Tensor, vocab_size: int, tp: Axis, ctx: ForwardContext
-) -> Tensor:
-    """Σ loss · mask over the tokens of this context-parallel rank, () wide, the same on all ranks of tp.
-
-    logits: (S/cp, B, V/tp).   labels, loss_mask: (B, S), whole.
-    """
-    rows = ctx.view.rows
-    losses = vocabulary_cross_entropy(logits, labels.t()[rows], vocab_size, tp)
-    return (losses * loss_mask.t()[rows].to(losses.dtype)).sum()
+) -> TokenLosses:
+    """logits: (S/cp, passes · B, V/tp).   labels, loss_mask: (B, S), whole."""
+    rows, passes = ctx.view.rows, ctx.view.num_passes
+    losses = vocabulary_cross_entropy(logits, labels.t()[rows].repeat(1, passes), vocab_size, tp)
+    mask = loss_mask.t()[rows].to(losses.dtype)
+    cross_entropy = (losses * mask.repeat(1, passes)).sum() / passes
+    if passes == 1:
+        return TokenLosses(cross_entropy, None)
+    first, second = logits.chunk(2, dim=1)
+    return TokenLosses(cross_entropy, (symmetric_divergence(first, second, vocab_size, tp) * mask).sum())

@@ -121,5 +121,8 @@ def _resolved(run: RunConfig) -> dict[str, Any]:
             "moe.shared_expert_intermediate_size": moe.shared_expert_intermediate_size,
             "moe.shared_expert_gate": moe.shared_expert_gate,
             "moe.routing_group_samples": moe.routing_group_samples,
+            "moe.activation": moe.activation or model.activation,
+            "moe.expert_bias": moe.expert_bias,
+            "moe.extra_ffn": moe.extra_ffn,
         }
     return values

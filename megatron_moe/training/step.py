@@ -16,34 +16,39 @@ from megatron_moe.parallel.random import KeyedRandom
 from megatron_moe.parallel.state import ParallelState
 from megatron_moe.pipeline.executor import Played
 from megatron_moe.pipeline.transfer import Edge
-from megatron_moe.training.objective import GlobalCounts, token_loss_share
+from megatron_moe.training.objective import GlobalCounts, Objective, TokenLosses, token_losses
 
 
-def view_of(batch: Batch, state: ParallelState, device: torch.device) -> SequenceView:
-    """The decoder stream as the layers see it. The batch is still on the host, where the packing flag is read."""
+def view_of(batch: Batch, state: ParallelState, device: torch.device, num_passes: int = 1) -> SequenceView:
+    """The decoder stream as the layers see it, the samples num_passes times one after the other.
+
+    The batch is still on the host, where the packing flag is read.
+    """
     stream = batch.decoder
     segmented = bool((stream.segments != 0).any())
     length = stream.tokens.shape[1]
     return SequenceView(
-        tokens=stream.tokens.t().to(device),
-        positions=stream.position_ids.t().to(device),
-        segments=stream.segments.t().to(device),
-        sample_ids=batch.sample_ids.to(device),
+        tokens=stream.tokens.t().repeat(1, num_passes).to(device),
+        positions=stream.position_ids.t().repeat(1, num_passes).to(device),
+        segments=stream.segments.t().repeat(1, num_passes).to(device),
+        sample_ids=batch.sample_ids.repeat(num_passes).to(device),
         rows=context_rows(length, state.cp.size, state.cp.rank, device),
         segmented=segmented,
+        num_passes=num_passes,
     )
 
 
 def count_batches(
-    batches: Sequence[Batch], group_samples: int, state: ParallelState, device: torch.device
+    batches: Sequence[Batch], group_samples: int, num_passes: int, state: ParallelState, device: torch.device
 ) -> GlobalCounts:
     """Counts over the global batch: each data-parallel rank brings its own microbatches."""
     loss_tokens = sum(float(batch.decoder.loss_mask.sum()) for batch in batches)
     tokens = sum(int((batch.decoder.segments >= 0).sum()) for batch in batches)
     groups = sum(-(-batch.sample_ids.shape[0] // group_samples) for batch in batches)
-    found = torch.tensor([loss_tokens, tokens, groups], dtype=torch.float64, device=device)
-    found = state.dp.comm.all_reduce_(found)
-    return GlobalCounts(float(found[0]), int(found[1]), int(found[2]))
+    samples = sum(batch.sample_ids.shape[0] for batch in batches)
+    found = torch.tensor([loss_tokens, tokens, groups, samples], dtype=torch.float64, device=device)
+    loss_tokens, *often = state.dp.comm.all_reduce_(found).tolist()
+    return GlobalCounts(loss_tokens, *(num_passes * int(number) for number in often))
 
 
 @dataclass
@@ -51,10 +56,12 @@ class Findings:
     """What the forward passes of this rank found, summed over its microbatches; shares, not yet summed over ranks."""
 
     loss: Tensor | None = None  # Σ loss · mask, on the last stage only
+    consistency: Tensor | None = None  # Σ divergence · mask of two passes, there
     reports: dict[int, RoutingReport] = field(default_factory=dict)  # by layer
 
-    def add_loss(self, share: Tensor) -> None:
-        self.loss = share if self.loss is None else self.loss + share
+    def add_losses(self, losses: TokenLosses) -> None:
+        self.loss = _plus(self.loss, losses.cross_entropy)
+        self.consistency = _plus(self.consistency, losses.consistency)
 
     def add_report(self, report: RoutingReport) -> None:
         shares = {f"loss/{loss.per}/{name}": loss.share.detach() for name, loss in report.aux_losses.items()}
@@ -63,6 +70,12 @@ class Findings:
         if known is not None:
             stats = {name: value + known.stats[name] for name, value in stats.items()}
         self.reports[report.layer] = RoutingReport(report.layer, report.aux_losses, stats)
+
+
+def _plus(known: Tensor | None, share: Tensor | None) -> Tensor | None:
+    if share is None:
+        return known
+    return share.detach() if known is None else known + share.detach()
 
 
 class StepProgram:
@@ -78,11 +91,15 @@ class StepProgram:
         device: torch.device,
         *,
         train: bool,
+        objective: Objective,
+        aux_share: float = 1.0,
     ) -> None:
-        """random: at (seed, step)."""
+        """random: at (seed, step).   aux_share: what each layer's auxiliary losses are multiplied by."""
         self._stages = dict(enumerate(stages, start=state.pp.rank))
         self._batches = batches
-        self._views = [view_of(batch, state, device) for batch in batches]
+        self._views = [view_of(batch, state, device, objective.num_passes) for batch in batches]
+        self._objective = objective
+        self._aux_share = aux_share
         self._counts = counts
         self._state = state
         self._random = random
@@ -115,10 +132,11 @@ class StepProgram:
         losses = []
         for report in output.reports:
             self.findings.add_report(report)
-            losses += [loss.share * self._counts.aux_scale(loss) for loss in report.aux_losses.values() if loss.weight]
+            weighed = [loss for loss in report.aux_losses.values() if loss.weight]
+            losses += [loss.share * (self._counts.aux_scale(loss) * self._aux_share) for loss in weighed]
         if stage.last:
             stream = self._batches[microbatch].decoder
-            share = token_loss_share(
+            found = token_losses(
                 output.tensors["logits"],
                 stream.labels.to(self._device),
                 stream.loss_mask.to(self._device),
@@ -126,8 +144,8 @@ class StepProgram:
                 self._state.tp,
                 ctx,
             )
-            self.findings.add_loss(share.detach())
-            losses.append(share / max(1.0, self._counts.loss_tokens))
+            self.findings.add_losses(found)
+            losses.append(found.objective(self._objective) / max(1.0, self._counts.loss_tokens))
         return losses
 
 

@@ -5,9 +5,7 @@ from megatron_moe.config.run import RunConfig
 from megatron_moe.models.build import gpt_spec
 from megatron_moe.models.transformer import LayerSpec, build_sparse
 from megatron_moe.moe.capacity import limit_is_causal
-from megatron_moe.moe.layer import MoELayer
-from megatron_moe.moe.methods import find_method
-from megatron_moe.moe.unrouted.unrouted_layer import UnroutedLayer
+from megatron_moe.moe.methods import deciding_part, find_method
 from megatron_moe.parallel.state import ParallelState
 
 
@@ -27,9 +25,13 @@ def _check_layer(spec: LayerSpec, config: RunConfig) -> list[str]:
     moe = spec.moe
     method = find_method(moe.router_type)
     method.check_layout(config.parallel)
-    layer = build_sparse(spec, moe, ParallelState.alone())
-    causal = layer.router.is_causal if isinstance(layer, MoELayer) else _is_causal(layer)
-    if not causal:
+    method_here = deciding_part(build_sparse(spec, moe, ParallelState.alone()))
+    if moe.consistency_coeff is not None and not method_here.is_random:
+        raise ConfigError(
+            f"--moe-consistency-coeff {moe.consistency_coeff:g} has no effect with the router {moe.router_type}, which "
+            f"draws nothing while training, so that two passes agree; leave it out, or use thor."
+        )
+    if not method_here.is_causal:
         problem = f"--moe-router-type {moe.router_type}"
         instead = "use a causal router (top_k, switch, gshard, st_moe; tools/list_routers.py names them all)"
     elif not limit_is_causal(moe, method.choices(moe)):
@@ -43,8 +45,3 @@ def _check_layer(spec: LayerSpec, config: RunConfig) -> list[str]:
             f"--moe-allow-noncausal to train a model that leaks."
         )
     return [f"{problem} sees later tokens: losses of this model are not comparable to those of causal ones"]
-
-
-def _is_causal(layer: object) -> bool:
-    assert isinstance(layer, UnroutedLayer)
-    return layer.is_causal

@@ -60,8 +60,8 @@ def test_every_option_has_a_help_text_with_its_default() -> None:
     assert all(len(setting.option.help) > 5 for setting in all_settings().values())
     for sentence in ("query heads in a layer (required)", "0.01 in Switch", "(default false)", "(default cosine)"):
         assert sentence in text
-    # an option that is unset has no default to show; the one "none" is a choice of --qk-layernorm
-    assert text.count("(default none)") == 1
+    # an option that is unset has no default to show; the three "none" are choices: --qk-layernorm, --moe-expert-bias, --moe-extra-ffn
+    assert text.count("(default none)") == 3
     assert "(default [])" not in text and "(default {})" not in text
 
 
@@ -115,7 +115,7 @@ def test_what_a_flag_gives(words: str, key: str, value: Any) -> None:
         ("--moe-router-topk 2.0", "--moe-router-topk 2.0: expected an integer of at least 1."),
         ("--lr nan", "--lr nan: expected a number above 0."),
         ("--num-layers none", "--num-layers none: expected an integer of at least 1."),
-        ("--activation swiglue", "--activation swiglue: expected swiglu, geglu or gelu; did you mean 'swiglu'?"),
+        ("--activation swiglue", "--activation swiglue: expected swiglu, geglu, gelu or relu; did you mean 'swiglu'?"),
         ("--moe-router-options jitter", "--moe-router-options jitter: expected name=value, such as jitter=0.1."),
         ("--moe-router-options =1", "--moe-router-options =1: expected name=value"),
         ("--lr", "--lr: expected one argument; see --help."),

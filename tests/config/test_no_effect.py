@@ -32,6 +32,13 @@ MOE_VALUES: dict[str, Any] = {
     "routing_group_samples": 1,
     "router_options": {"jitter": "0.1"},
     "allow_noncausal": True,
+    "activation": "relu",
+    "expert_bias": "additive",
+    "expert_dropout": 0.4,
+    "extra_ffn": "after",
+    "consistency_coeff": 5.0,
+    "consistency_cross_entropy": "mean",
+    "aux_layer_reduction": "mean",
 }
 
 
@@ -75,6 +82,11 @@ CASES: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
         {"model.position_embedding_type": "none", "model.rotary_percent": 0.5},
         "without rotary embedding",
         {"model.position_embedding_type": "rope"},
+    ),
+    (
+        {"moe.consistency_cross_entropy": "mean"},
+        "has no effect when each sample is seen once",
+        {"moe.consistency_coeff": 1.0},
     ),
     ({"optimizer.lr_wsd_decay_style": "linear"}, "use --lr-decay-style WSD.", WSD),
     ({"optimizer.lr_wsd_decay_iters": 5}, "use --lr-decay-style WSD.", WSD),

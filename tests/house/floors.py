@@ -23,9 +23,10 @@ FLOORS = {
     "planning": 5,
     "inference": 5,
     "report": 5,
-    "main": 6,
-    "tools": 6,
-    "examples": 6,
+    "certify": 6,
+    "main": 7,
+    "tools": 7,
+    "examples": 7,
 }
 # convert stands on one room of floor 2 only
 STANDS_ON = {"convert": {"checkpoint"}}

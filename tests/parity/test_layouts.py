@@ -15,6 +15,7 @@ EP, ETP = "expert_model_parallel_size", "expert_tensor_parallel_size"
 LAYOUTS: dict[str, tuple[int, Tables, int]] = {
     "micro-batches of 2": (1, {}, 2),
     "micro-batches of 4": (1, {}, 4),
+    "recomputation": (1, {"recompute_granularity": "full"}, 1),
     "TP 2 with sequence parallelism": (2, {TP: 2}, 1),
     "TP 2": (2, {TP: 2, "sequence_parallel": False}, 2),
     "CP 2": (2, {CP: 2}, 1),
@@ -31,6 +32,11 @@ LAYOUTS: dict[str, tuple[int, Tables, int]] = {
     "EP 2 x ETP 2": (4, {EP: 2, ETP: 2}, 1),
     "TP 2 x PP 2 x EP 2": (8, {TP: 2, PP: 2, EP: 2, ETP: 1}, 1),
     "TP 2 x PP 2 x EP 2 x ETP 2": (8, {TP: 2, PP: 2, EP: 2, ETP: 2}, 2),
+    "TP 2 x PP 2 x EP 2, recomputation, split backward": (
+        8,
+        {TP: 2, PP: 2, EP: 2, ETP: 1, "recompute_granularity": "full", "pipeline_schedule": "1f1b_split"},
+        1,
+    ),
 }
 
 # what is trained: router, its options, and a model that differs in everything else, so that all parts are met
@@ -69,6 +75,30 @@ MODELS: dict[str, tuple[Tables, Tables]] = {
     ),
     "expert_choice over two samples": (
         {"router_type": "expert_choice", "allow_noncausal": True, "routing_group_samples": 2},
+        {},
+    ),
+    "st_moe with a bias, dropout and a dense layer behind": (
+        {
+            "router_type": "st_moe",
+            "activation": "geglu",
+            "expert_bias": "multiplicative",
+            "expert_dropout": 0.3,
+            "extra_ffn": "after",
+            "aux_layer_reduction": "mean",
+            **LOSSES,
+        },
+        {"activation": "relu"},
+    ),
+    "switch with a bias and a dense layer before, two passes": (
+        {
+            "router_type": "switch",
+            "expert_bias": "additive",
+            "expert_capacity_factor": 0.7,
+            "token_drop_policy": "bpr",
+            "extra_ffn": "before",
+            "consistency_coeff": 5.0,
+            **LOSSES,
+        },
         {},
     ),
     "dense": ({"num_experts": 0}, {}),

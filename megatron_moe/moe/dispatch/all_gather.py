@@ -22,7 +22,7 @@ class _WayHome:
 class AllGatherDispatcher(Dispatcher):
     """Gathers tokens and assignments over etp and ep, keeps the local experts', sums answers on the way back."""
 
-    def dispatch(self, tokens: Tensor, plan: RoutingPlan) -> ExpertBatch:
+    def dispatch(self, tokens: Tensor, plan: RoutingPlan, keys: Tensor | None = None) -> ExpertBatch:
         device = tokens.device
         etp_rows = gather_counts(tokens.shape[0], self.etp, device)
         ep_rows = gather_counts(sum(etp_rows), self.ep, device)
@@ -41,7 +41,9 @@ class AllGatherDispatcher(Dispatcher):
         order = local.argsort(stable=True)[: sum(counts)]
         copies = copies_of(who[:, 0][order], everyone.shape[0])
         way = _WayHome(copies, weights.index_select(0, order), etp_rows, ep_rows)
-        return ExpertBatch(permute(everyone, copies), counts, way)
+        if keys is not None:
+            keys = self.ep.comm.all_gather(self.etp.comm.all_gather(keys, etp_rows), ep_rows)[copies.token_ids]
+        return ExpertBatch(permute(everyone, copies), counts, keys, way)
 
     def combine(self, answers: Tensor, batch: ExpertBatch) -> Tensor:
         way: _WayHome = batch.way_home

@@ -25,7 +25,7 @@ class _WayHome:
 class AllToAllDispatcher(Dispatcher):
     """Sends one row for each assignment straight to the rank that holds its expert. Experts stand in order over ep."""
 
-    def dispatch(self, tokens: Tensor, plan: RoutingPlan) -> ExpertBatch:
+    def dispatch(self, tokens: Tensor, plan: RoutingPlan, keys: Tensor | None = None) -> ExpertBatch:
         order, counts = by_expert(plan)
         copies = copies_of(plan.token_ids[order], plan.num_tokens)
         weights = plan.combine_weights.index_select(0, order)
@@ -43,7 +43,10 @@ class AllToAllDispatcher(Dispatcher):
         # of a permutation: the inverse
         back = Copies(grouped.by_token, grouped.token_ids, grouped.starts)
         way = _WayHome(copies, weights, send, receive, parts, back)
-        return ExpertBatch(permute(rows, grouped), arriving.sum(dim=(0, 1)).tolist(), way)
+        if keys is not None:
+            keys = self.ep.comm.all_to_all(keys[copies.token_ids], send, receive)
+            keys = self.etp.comm.all_gather(keys, parts)[grouping]
+        return ExpertBatch(permute(rows, grouped), arriving.sum(dim=(0, 1)).tolist(), keys, way)
 
     def _arriving(self, counts: list[int], device: torch.device) -> Tensor:
         """(etp, ep, e) on the host: rows for each local expert from each rank of ep, for each rank of etp."""

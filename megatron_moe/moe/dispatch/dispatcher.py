@@ -16,6 +16,7 @@ class ExpertBatch:
 
     rows: Tensor  # (R, H) sorted by expert
     tokens_per_expert: list[int]  # of the local experts, sums to R
+    keys: Tensor | None  # (R,) int64 of the rows' tokens, where they were given
     way_home: Any  # private to the dispatcher that made it
 
 
@@ -29,8 +30,8 @@ class Dispatcher(ABC):
         self.etp = etp
 
     @abstractmethod
-    def dispatch(self, tokens: Tensor, plan: RoutingPlan) -> ExpertBatch:
-        """tokens: (T, H), this rank's."""
+    def dispatch(self, tokens: Tensor, plan: RoutingPlan, keys: Tensor | None = None) -> ExpertBatch:
+        """tokens: (T, H), this rank's.   keys: (T,) int64 that travel along, for draws of the experts."""
 
     @abstractmethod
     def combine(self, answers: Tensor, batch: ExpertBatch) -> Tensor:

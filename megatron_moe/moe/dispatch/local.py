@@ -25,11 +25,12 @@ def by_expert(plan: RoutingPlan) -> tuple[Tensor, list[int]]:
 class LocalDispatcher(Dispatcher):
     """Brings rows into expert order, and adds up the answers from there."""
 
-    def dispatch(self, tokens: Tensor, plan: RoutingPlan) -> ExpertBatch:
+    def dispatch(self, tokens: Tensor, plan: RoutingPlan, keys: Tensor | None = None) -> ExpertBatch:
         order, counts = by_expert(plan)
         copies = copies_of(plan.token_ids[order], plan.num_tokens)
         weights = plan.combine_weights.index_select(0, order)
-        return ExpertBatch(permute(tokens, copies), counts, _WayHome(copies, weights))
+        keys = None if keys is None else keys[copies.token_ids]
+        return ExpertBatch(permute(tokens, copies), counts, keys, _WayHome(copies, weights))
 
     def combine(self, answers: Tensor, batch: ExpertBatch) -> Tensor:
         way: _WayHome = batch.way_home

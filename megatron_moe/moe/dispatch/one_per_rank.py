@@ -37,7 +37,7 @@ class _WayHome:
 class OnePerRankDispatcher(Dispatcher):
     """Sends one row for each (token, rank) pair, with the (expert, weight) pairs beside it."""
 
-    def dispatch(self, tokens: Tensor, plan: RoutingPlan) -> ExpertBatch:
+    def dispatch(self, tokens: Tensor, plan: RoutingPlan, keys: Tensor | None = None) -> ExpertBatch:
         visits = self._visits(plan)
         rows, receive, parts = self._send_rows(tokens, visits)
         who, weights = self._send_assignments(plan, visits, receive, parts)
@@ -45,7 +45,10 @@ class OnePerRankDispatcher(Dispatcher):
         order = who[:, 1].argsort(stable=True)
         copies = copies_of(who[:, 0][order], rows.shape[0])
         way = _WayHome(visits, receive, parts, copies, weights.index_select(0, order))
-        return ExpertBatch(permute(rows, copies), counts, way)
+        if keys is not None:
+            keys = self.ep.comm.all_to_all(keys[visits.copies.token_ids], visits.send, receive)
+            keys = self.etp.comm.all_gather(keys, parts)[copies.token_ids]
+        return ExpertBatch(permute(rows, copies), counts, keys, way)
 
     def _visits(self, plan: RoutingPlan) -> _Visits:
         real = (plan.expert_ids < self.num_experts).nonzero().squeeze(1)

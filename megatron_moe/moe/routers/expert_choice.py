@@ -22,12 +22,13 @@ from torch import Tensor
 from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.moe import MoEConfig
 from megatron_moe.config.options import option
-from megatron_moe.moe.capacity import exact, expert_places, sorted_order
+from megatron_moe.moe.capacity import exact, expert_places
+from megatron_moe.moe.facts import Facts
 from megatron_moe.moe.losses import router_stats
 from megatron_moe.moe.plan import RoutingPlan, TokenInfo
+from megatron_moe.moe.routers.group_table import group_table
 from megatron_moe.moe.routers.options import parse_options
 from megatron_moe.moe.routers.router import Router
-from megatron_moe.parallel.collectives import gather_counts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,15 @@ class ExpertChoiceRouter(Router):
 
     Options = ExpertChoiceOptions
     is_causal = False
+    facts = Facts(
+        paper="Expert Choice, arXiv:2202.09368",
+        chooses="expert",
+        batch_independent=True,
+        scores="softmax before the choice",
+        weights="raw score",
+        capacity="exactly T·c/E, c = 2",
+        good_for="encoders: perfect balance without a loss, tokens get as many experts as they deserve",
+    )
     unused_fields: ClassVar[tuple[str, ...]] = (
         "router_topk",
         "router_pre_softmax",
@@ -102,29 +112,10 @@ class ExpertChoiceRouter(Router):
 
         C is that of a whole group without padding; a row outside 0..T-1 belongs to another rank.
         """
-        wishes, row_of_line = self._group_table(scores, info)
+        table = group_table(scores, info, self.group_axis)
         most = int(self._places(torch.tensor(info.group_size)))  # on the host: nothing waits
-        by_expert = wishes.view(info.num_groups, info.group_size, -1).transpose(1, 2)
         # stable: among equals the earlier token
-        ranked = by_expert.sort(dim=2, descending=True, stable=True).indices[..., :most]
-        group_start = torch.arange(info.num_groups, device=ranked.device)[:, None, None] * info.group_size
+        ranked = table.scores.transpose(1, 2).sort(dim=2, descending=True, stable=True).indices[..., :most]
+        rows = table.rows[:, None].expand(*ranked.shape[:2], -1).gather(2, ranked)
         taken = torch.arange(most, device=ranked.device) < self._places(info.group_tokens)[:, None, None]
-        return row_of_line[ranked + group_start], taken.expand_as(ranked)
-
-    def _group_table(self, scores: Tensor, info: TokenInfo) -> tuple[Tensor, Tensor]:
-        """(num_groups · group_size, E) scores of all tokens by group and key, -inf for padding; and their rows."""
-        axis = self.group_axis
-        counts = gather_counts(scores.shape[0], axis, scores.device)
-        place = torch.stack([info.groups, info.keys], dim=1)
-        wishes = scores.masked_fill(info.is_padding[:, None], float("-inf"))
-        if sum(counts) > 0:
-            place = axis.comm.all_gather(place, counts)
-            wishes = axis.comm.all_gather(wishes, counts)
-        order = sorted_order(*place.unbind(dim=1))
-        groups = place[order, 0]
-        in_group = torch.arange(len(order), device=order.device) - torch.searchsorted(groups, groups)
-        # one line for each place of each group: the last group of a microbatch may leave some empty
-        line = groups * info.group_size + in_group
-        lines = info.num_groups * info.group_size
-        table = wishes.new_full((lines, wishes.shape[1]), float("-inf")).index_copy_(0, line, wishes[order])
-        return table, order.new_zeros(lines).index_copy_(0, line, order - sum(counts[: axis.rank]))
+        return rows, taken.expand_as(ranked)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from megatron_moe.config.moe import MoEConfig
 from megatron_moe.config.options import option
+from megatron_moe.moe.facts import Facts
 from megatron_moe.moe.losses import router_stats
 from megatron_moe.moe.plan import RoutingPlan, TokenInfo
 from megatron_moe.moe.routers.router import Router
@@ -48,8 +49,22 @@ class GShardRouter(Router):
 
     Options = GShardOptions
     is_causal = True
+    facts = Facts(
+        paper="GShard, arXiv:2006.16668",
+        chooses="token",
+        batch_independent=True,
+        scores="softmax before the choice",
+        weights="sum to 1",
+        capacity="2·ceil(T/E), first choices first",
+        losses=("balance 0.01",),
+        good_for="top-2 with a random second expert, the baseline of many papers",
+    )
     unused_fields: ClassVar[tuple[str, ...]] = ("router_topk", "router_pre_softmax")
     options: GShardOptions
+
+    def setup(self) -> None:
+        super().setup()
+        self.is_random = self.options.second_policy != "all"
 
     @classmethod
     def choices(cls, config: MoEConfig) -> int:

@@ -50,11 +50,11 @@ class Router(nn.Module, ABC):
     Options: ClassVar[type] = NoOptions  # a dataclass: what this router alone can be told
     facts: ClassVar[Facts | None] = None  # its line in tools/list_routers.py
     unused_fields: ClassVar[tuple[str, ...]] = ()  # fields of MoEConfig that have no effect on this router
-    is_random: ClassVar[bool] = False  # draws while training, so that two passes over a sample differ
     dispatcher: ClassVar[str] = "alltoall"  # what --moe-token-dispatcher-type auto means across ranks
 
     # what follows from the options is set again in setup()
     is_causal: bool  # held to its word by the leak test; a causal decoder refuses False
+    is_random: bool = False  # draws while training, so that two passes over a sample differ
     reads_expert_keys: bool = False  # wants TokenInfo.expert_keys
     expert_pools: int | None = None  # runs of experts that share their places; None = each expert has its own
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.moe import MoEConfig
 from megatron_moe.config.options import option
+from megatron_moe.moe.facts import Facts
 from megatron_moe.moe.losses import router_stats
 from megatron_moe.moe.plan import RoutingPlan, TokenInfo
 from megatron_moe.moe.routers.router import Router
@@ -45,6 +46,16 @@ class STMoERouter(Router):
 
     Options = STMoEOptions
     is_causal = True
+    facts = Facts(
+        paper="ST-MoE, arXiv:2202.08906",
+        chooses="token",
+        batch_independent=True,
+        scores="softmax before the choice",
+        weights="sum to 1 before experts are passed over",
+        capacity="T/E·CF without k, CF 1.25 in training, 2 in evaluation, at least 4",
+        losses=("balance 0.01", "z 0.001"),
+        good_for="stable training at scale, and transfer",
+    )
     unused_fields: ClassVar[tuple[str, ...]] = ("router_pre_softmax",)
     options: STMoEOptions
 
@@ -55,6 +66,7 @@ class STMoERouter(Router):
                 "--moe-router-topk 1 with st_moe leaves every weight at 1, and the router without a gradient; "
                 "use 2 or more, or --moe-router-type switch."
             )
+        self.is_random = self.options.train_policy == "random"
 
     @classmethod
     def choices(cls, config: MoEConfig) -> int:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from megatron_moe.config.moe import MoEConfig
 from megatron_moe.config.options import option
+from megatron_moe.moe.facts import Facts
 from megatron_moe.moe.losses import router_stats
 from megatron_moe.moe.plan import RoutingPlan, TokenInfo
 from megatron_moe.moe.routers.router import Router
@@ -39,8 +40,22 @@ class SwitchRouter(Router):
 
     Options = SwitchOptions
     is_causal = True
+    facts = Facts(
+        paper="Switch, arXiv:2101.03961",
+        chooses="token",
+        batch_independent=True,
+        scores="softmax before the choice",
+        weights="raw score",
+        capacity="T/E·CF, CF 1.25 in training, 2 in evaluation",
+        losses=("balance 0.01",),
+        good_for="least computation and traffic: one expert for each token",
+    )
     unused_fields: ClassVar[tuple[str, ...]] = ("router_topk", "router_pre_softmax")
     options: SwitchOptions
+
+    def setup(self) -> None:
+        super().setup()
+        self.is_random = self.options.jitter_eps > 0
 
     @classmethod
     def choices(cls, config: MoEConfig) -> int:

@@ -18,6 +18,7 @@ from torch import Tensor
 from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.moe import MoEConfig
 from megatron_moe.config.options import option
+from megatron_moe.moe.facts import Facts
 from megatron_moe.moe.losses import BALANCE_CONVENTIONS, router_stats
 from megatron_moe.moe.plan import RoutingPlan, TokenInfo
 from megatron_moe.moe.routers.router import Router
@@ -52,6 +53,15 @@ class TopKRouter(Router):
 
     Options = TopKOptions
     is_causal = True
+    facts = Facts(
+        paper="Shazeer et al., arXiv:1701.06538; Mixtral, arXiv:2401.04088",
+        chooses="token",
+        batch_independent=True,
+        scores="softmax after the choice; before it with --moe-router-pre-softmax",
+        weights="sum to 1; raw with --moe-router-pre-softmax",
+        capacity="dropless; Megatron's ceil(k·T/E·CF)",
+        good_for="the default of today's open models: Mixtral, OLMoE, Qwen-MoE",
+    )
     options: TopKOptions
 
     def setup(self) -> None:

@@ -41,7 +41,7 @@ class UnroutedLayer(SparseLayer):
     Options: ClassVar[type] = NoOptions
     facts: ClassVar[Facts | None] = None
     unused_fields: ClassVar[tuple[str, ...]] = ()
-    is_random: ClassVar[bool] = False
+    is_random: bool = False
     is_causal: bool
 
     @classmethod

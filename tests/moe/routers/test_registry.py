@@ -32,6 +32,21 @@ CASES: list[dict[str, Any]] = [
     {"router_type": "gshard", "router_options": {"second_policy": "sampling", "renormalise": "none"}},
     {"router_type": "st_moe", "aux_loss_coeff": 0.01, "z_loss_coeff": 0.001, "router_topk": 3},
     {"router_type": "st_moe", "expert_capacity_factor": 0.6, "token_drop_policy": "probs"},
+    {"router_type": "deepseek", "aux_loss_coeff": 0.003, "z_loss_coeff": 0.001, "router_topk": 3},
+    {
+        "router_type": "deepseek",
+        "aux_loss_coeff": 0.003,
+        "expert_capacity_factor": 0.8,
+        "token_drop_policy": "probs",
+        "router_options": {
+            "num_groups": "2",
+            "topk_groups": "1",
+            "device_loss_coeff": "0.05",
+            "communication_loss_coeff": "0.02",
+        },
+    },
+    {"router_type": "deepseek_v3", "z_loss_coeff": 0.001, "router_options": {"sequence_loss_coeff": "0.1"}},
+    {"router_type": "deepseek_v3", "router_options": {"num_groups": "2", "topk_groups": "1"}},
     {"router_type": "expert_choice", "z_loss_coeff": 0.001},
     {"router_type": "expert_choice", "router_options": {"capacity": "1.3", "rounding": "round"}},
 ]
@@ -43,7 +58,7 @@ def config_of(fields: dict[str, Any]) -> MoEConfig:
 
 
 def decide(router: Router, config: MoEConfig, axis: Axis, tokens: Tensor, info: TokenInfo) -> RoutingPlan:
-    return make_limit(config, router.choices(config), axis)(router(tokens, info), info)
+    return make_limit(config, router.choices(config), axis, router.expert_pools)(router(tokens, info), info)
 
 
 def test_every_registered_router_is_checked() -> None:

@@ -1,0 +1,77 @@
+"""One model on every layout, each beside one process: the rows of a certificate."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_moe.certify.layouts import LAYOUTS, Layout
+from megatron_moe.certify.tiny_model import GLOBAL_BATCH, tiny_config
+from megatron_moe.certify.tiny_run import TOLERANCE, alone, outcome_of, run_all, worst_difference
+from megatron_moe.config.errors import ConfigError
+from megatron_moe.config.run import RunConfig
+from megatron_moe.config.world import check_world
+from megatron_moe.parallel.launch import fork_ranks
+from megatron_moe.training.validate import validate
+
+Fields = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """How far one layout is from one process; refused: why it cannot run there, and then there are no errors."""
+
+    layout: str
+    errors: Mapping[str, float]
+    refused: str | None = None
+
+    @property
+    def max_relative_error(self) -> float | None:
+        return max(self.errors.values()) if self.errors else None
+
+    @property
+    def equal(self) -> bool:
+        """Whether the layout keeps the promise; one that cannot run breaks none."""
+        return self.refused is not None or max(self.errors.values()) < TOLERANCE
+
+
+def certify(moe: Fields, model: Fields, *, max_ranks: int = 8) -> list[Row]:
+    """Three steps of a tiny model in float64 on every layout of so many ranks, forked on this machine over gloo.
+
+    moe, model: fields of the two sections beside the tiny model's own.  Raises ConfigError when it cannot run at all.
+    """
+    group = int(moe.get("routing_group_samples", 1))
+    first = tiny_config(moe, {}, model, group)
+    validate(first)
+    wanted = alone(first)
+    rows: dict[str, Row] = {}
+    runnable: dict[str, RunConfig] = {}
+    for name, layout in LAYOUTS.items():
+        if layout.ranks > max_ranks or layout.samples_of_a_rank(GLOBAL_BATCH) < group:
+            continue
+        try:
+            runnable[name] = _config(moe, model, layout, group)
+        except ConfigError as error:
+            rows[name] = Row(name, {}, refused=str(error))
+    for ranks in sorted({layout.ranks for layout in LAYOUTS.values()}):
+        names = [name for name in runnable if LAYOUTS[name].ranks == ranks]
+        if names:
+            answers = _fork(ranks, [runnable[name] for name in names])
+            for number, name in enumerate(names):
+                rows[name] = Row(name, worst_difference(outcome_of([rank[number] for rank in answers]), wanted))
+    return [rows[name] for name in LAYOUTS if name in rows]
+
+
+def _config(moe: Fields, model: Fields, layout: Layout, group: int) -> RunConfig:
+    micro = max(layout.micro_batch_size, group)
+    config = tiny_config(moe, layout.parallel, model, micro)
+    check_world(config, layout.ranks)
+    validate(config)
+    return config
+
+
+def _fork(ranks: int, configs: Sequence[RunConfig]) -> list[Any]:
+    with warnings.catch_warnings():
+        # Python 3.12 warns of forking beside threads; the children use none of them
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return fork_ranks(ranks, run_all, configs)
