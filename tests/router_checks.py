@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from moe_rows import make_router, rows_of, token_info, weights_of
+from moe_rows import VOCAB, make_router, rows_of, token_info, weights_of
 from torch import Tensor
 
 from megatron_moe.config.moe import MoEConfig
@@ -19,6 +19,15 @@ def draw_tokens(info: TokenInfo, seed: int = 0, *, dtype: torch.dtype = torch.fl
     """(T, H) normal."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(len(info.keys), HIDDEN, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def informed(router: Router, info: TokenInfo) -> TokenInfo:
+    """The info, with keys of the experts where the router reads them."""
+    if not router.reads_expert_keys:
+        return info
+    generator = torch.Generator().manual_seed(5)
+    keys = torch.randn(router.config.num_experts, HIDDEN, generator=generator, dtype=torch.float64)
+    return replace(info, expert_keys=keys.requires_grad_())
 
 
 def objective(plan: RoutingPlan, rows: Tensor | None = None) -> Tensor:
@@ -36,18 +45,27 @@ def check_router(config: MoEConfig) -> None:
     router = make_router(config, HIDDEN)
     before = {name: value for name, value in vars(router).items() if name != "_parameters"}
     state = {name: value.clone() for name, value in router.state_dict().items()}
+    info = informed(router, info)
     tokens = draw_tokens(info).requires_grad_()
     plan = router(tokens, info)
     check_plan(plan, info)
-    objective(plan).backward()
-    for name, leaf in [("tokens", tokens), *router.named_parameters()]:
-        assert leaf.grad is not None and leaf.grad.isfinite().all() and leaf.grad.abs().sum() > 0, name
-    assert tokens.grad is not None and not tokens.grad[info.is_padding].any()
+    check_reach(router, tokens, info, objective(plan))
     again = router(tokens, info)
     assert weights_of(again) == weights_of(plan)
     assert {name: value for name, value in vars(router).items() if name != "_parameters"} == before
     assert all(torch.equal(value, state[name]) for name, value in router.state_dict().items())
     assert all(layout_of(parameter).sum_over == ("tp",) for parameter in router.parameters())
+
+
+def check_reach(router: Router, tokens: Tensor, info: TokenInfo, loss: Tensor) -> None:
+    """The gradient reaches the tokens, but not padding, and all that is learned; constant weights have nothing to learn."""
+    if not loss.requires_grad:
+        assert not list(router.parameters())
+        return
+    loss.backward()
+    for name, leaf in [("tokens", tokens), *router.named_parameters()]:
+        assert leaf.grad is not None and leaf.grad.isfinite().all() and leaf.grad.abs().sum() > 0, name
+    assert tokens.grad is not None and not tokens.grad[info.is_padding].any()
 
 
 def check_plan(plan: RoutingPlan, info: TokenInfo) -> None:
@@ -72,14 +90,22 @@ def check_gradient(config: MoEConfig) -> None:
     """Finite differences of weights and losses with respect to tokens and parameters, decisions standing still."""
     info = token_info(3, 2, padding=[(2, 1)])
     router = make_router(config, HIDDEN)
+    info = informed(router, info)
+    tokens = draw_tokens(info).requires_grad_()
+    loss = objective(router(tokens, info))
+    if not loss.requires_grad:
+        return
+    loss.backward()
     names = [name for name, _ in router.named_parameters()]
+    keys = info.expert_keys
+    live = [] if keys is None or keys.grad is None else [keys]
 
-    def value(tokens: Tensor, *parameters: Tensor) -> Tensor:
-        named = dict(zip(names, parameters, strict=True))
-        return objective(torch.func.functional_call(router, named, (tokens, info)))
+    def value(tokens: Tensor, *learned: Tensor) -> Tensor:
+        named = dict(zip(names, learned[len(live) :], strict=True))
+        known = replace(info, expert_keys=learned[0]) if live else info
+        return objective(torch.func.functional_call(router, named, (tokens, known)))
 
-    inputs = (draw_tokens(info).requires_grad_(), *router.parameters())
-    assert torch.autograd.gradcheck(value, inputs)
+    assert torch.autograd.gradcheck(value, (tokens, *live, *router.parameters()))
 
 
 def leaks(decide: Callable[[Tensor, TokenInfo], RoutingPlan], trials: int = 12) -> bool:
@@ -90,8 +116,10 @@ def leaks(decide: Callable[[Tensor, TokenInfo], RoutingPlan], trials: int = 12) 
     before = _rows_of_plan(decide(tokens, info), earlier)
     for trial in range(trials):
         changed = tokens.clone()
-        changed[(info.positions == 9) & (info.sequences == trial % 2)] = 3 * draw_tokens(info, 100 + trial)[0]
-        if _rows_of_plan(decide(changed, info), earlier) != before:
+        last = (info.positions == 9) & (info.sequences == trial % 2)
+        changed[last] = 3 * draw_tokens(info, 100 + trial)[0]
+        other = replace(info, ids=info.ids.where(~last, (info.ids + 1 + trial) % VOCAB))
+        if _rows_of_plan(decide(changed, other), earlier) != before:
             return True
     return False
 
@@ -102,15 +130,17 @@ def _rows_of_plan(plan: RoutingPlan, rows: Tensor) -> dict[tuple[int, int], floa
 
 def check_edges(router: Router) -> None:
     """No tokens, fewer than experts, a group of padding only, numbers that are none: there is a plan all the same."""
-    whole = token_info(6, 2, padding=[(p, 1) for p in range(6)])
+    whole = informed(router, token_info(6, 2, padding=[(p, 1) for p in range(6)]))
     nothing = rows_of(replace(whole, num_groups=2), torch.arange(0))
     plan = router(torch.zeros(0, HIDDEN, dtype=torch.float64), replace(nothing, group_tokens=torch.zeros(2).long()))
     assert plan.num_tokens == 0 and len(plan.token_ids) == len(plan.combine_weights) == 0
-    objective(plan).backward()
+    loss = objective(plan)
+    if loss.requires_grad:
+        loss.backward()
     tokens = draw_tokens(whole)
     plan = router(tokens, whole)
     assert {token % 2 for token, _ in weights_of(plan)} == {0}
-    single = token_info(1)
+    single = informed(router, token_info(1))
     check_plan(router(tokens[:1], single), single)
     plan = router(torch.full_like(tokens, float("nan")), whole)
     assert ((plan.expert_ids >= 0) & (plan.expert_ids <= plan.num_experts)).all()

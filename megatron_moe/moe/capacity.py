@@ -5,7 +5,7 @@ cuts a group, its assignments are compared with those of the other ranks.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import torch
@@ -19,12 +19,22 @@ from megatron_moe.parallel.state import Axis
 Limit = Callable[[RoutingPlan, TokenInfo], RoutingPlan]
 
 
+@dataclass(frozen=True)
+class _Waiting:
+    """Who waits for a place: each of N assignments, or each of N tokens with all of its assignments."""
+
+    token_ids: Tensor  # (N,) int64 local row
+    pools: Tensor  # (N,) int64; the number of pools means nobody's
+    urgency: list[Tensor]  # (N,) each: sorted by, lowest first, before the order in the sequence
+
+
 def make_limit(config: MoEConfig, num_choices: int, group_axis: Axis, pools: int | None = None) -> Limit:
     """The limit of one layer, from the config's capacity factors; without one it returns the plan as it is.
 
     num_choices: the router's choices per token, which count when config.capacity_includes_k.   group_axis: the ranks
-    that share routing groups (tp_cp).   pools: runs of equally many experts that share their places; a token that goes
-    to several experts of a pool has them all or none (SAM); None: each expert has its own places.
+    that share routing groups (tp_cp).   pools: runs of equally many experts that share their places; None: each expert
+    has its own.  A pool has places for the num_choices assignments of its part of the tokens, one for each assignment
+    (DeepSeek-V2), or, when the plan is indivisible, one for each token (SAM).
     """
     train_factor, eval_factor = _factors(config)
     choices = num_choices if config.capacity_includes_k and pools is None else 1
@@ -40,8 +50,14 @@ def make_limit(config: MoEConfig, num_choices: int, group_axis: Axis, pools: int
             rounding=config.capacity_rounding,
             at_least=config.min_capacity,
         )
-        rows = num_choices if pools is not None else 1
-        served = _served(plan, info, _urgency(plan, config.token_drop_policy), places * rows, per_pool, group_axis)
+        num_pools = config.num_experts // per_pool
+        if plan.indivisible:
+            tokens = _waiting_tokens(plan, config.token_drop_policy, per_pool)
+            served = _served(tokens, info, places, num_pools, group_axis)[plan.token_ids]
+        else:
+            rows = num_choices if pools is not None else 1
+            waiting = _Waiting(plan.token_ids, plan.expert_ids // per_pool, _urgency(plan, config.token_drop_policy))
+            served = _served(waiting, info, places * rows, num_pools, group_axis)
         left = replace(plan, expert_ids=plan.expert_ids.masked_fill(~served, plan.num_experts))
         return _renormalised(left) if plan.renormalise else left
 
@@ -105,6 +121,21 @@ def _urgency(plan: RoutingPlan, policy: str) -> list[Tensor]:
     return found
 
 
+def _waiting_tokens(plan: RoutingPlan, policy: str, per_pool: int) -> _Waiting:
+    """The tokens of an indivisible plan, each with all of its assignments. Which choice is the first means nothing."""
+    nobody = plan.num_experts // per_pool
+    tokens = torch.arange(plan.num_tokens, device=plan.token_ids.device)
+    pools = torch.full_like(tokens, nobody).scatter_reduce(0, plan.token_ids, plan.expert_ids // per_pool, "amin")
+    if policy == "probs":
+        heaviest = plan.combine_weights.new_zeros(plan.num_tokens)
+        heaviest = heaviest.scatter_reduce(0, plan.token_ids, plan.combine_weights, "amax", include_self=False)
+        return _Waiting(tokens, pools, [-heaviest.detach()])
+    if policy == "bpr":
+        assert plan.confidence is not None
+        return _Waiting(tokens, pools, [-plan.confidence])
+    return _Waiting(tokens, pools, [])
+
+
 def _renormalised(plan: RoutingPlan) -> RoutingPlan:
     """The weights that are left of each token, divided by their sum; zeros stay zeros."""
     kept = plan.combine_weights.masked_fill(plan.expert_ids == plan.num_experts, 0.0)
@@ -112,26 +143,23 @@ def _renormalised(plan: RoutingPlan) -> RoutingPlan:
     return replace(plan, combine_weights=kept / total.where(total != 0, 1.0))
 
 
-def _served(
-    plan: RoutingPlan, info: TokenInfo, urgency: list[Tensor], places: Tensor, per_pool: int, group_axis: Axis
-) -> Tensor:
-    """(N,) bool: whether each assignment is among the first of its group's pool; true or false for nobody's."""
-    num_pools = plan.num_experts // per_pool
-    buckets = info.groups[plan.token_ids] * (num_pools + 1) + plan.expert_ids // per_pool
-    columns = [buckets, *(_sortable(values) for values in urgency)]
-    rows = torch.stack([*columns, info.keys[plan.token_ids]], dim=1)
+def _served(waiting: _Waiting, info: TokenInfo, places: Tensor, num_pools: int, group_axis: Axis) -> Tensor:
+    """(N,) bool: whether each is among the first of its group's pool; true or false for nobody's."""
+    buckets = info.groups[waiting.token_ids] * (num_pools + 1) + waiting.pools
+    columns = [buckets, *(_sortable(values) for values in waiting.urgency)]
+    rows = torch.stack([*columns, info.keys[waiting.token_ids]], dim=1)
     counts = gather_counts(rows.shape[0], group_axis, rows.device)
     if sum(counts) > 0:
         rows = group_axis.comm.all_gather(rows, counts)
     order = sorted_order(*rows.unbind(dim=1))
     sorted_buckets = rows[order, 0]
-    # the queue of an expert begins where its bucket begins
+    # the queue of a pool begins where its bucket begins
     first = torch.searchsorted(sorted_buckets, sorted_buckets)
     queued_before = torch.arange(order.numel(), device=order.device) - first
     served = torch.empty_like(order, dtype=torch.bool)
     served[order] = queued_before < places[sorted_buckets // (num_pools + 1)]
     start = sum(counts[: group_axis.rank])
-    return served[start : start + plan.expert_ids.numel()]
+    return served[start : start + buckets.numel()]
 
 
 def _sortable(values: Tensor) -> Tensor:

@@ -60,6 +60,7 @@ class RoutingPlan:
     priority: Tensor | None = None  # (N,) lower is served first; ties, and None, follow TokenInfo.keys
     confidence: Tensor | None = None  # (T,) detached: who is served first under batch-prioritised routing
     renormalise: bool = False  # what places leave of a token's weights is divided by its sum
+    indivisible: bool = False  # a token's assignments, all in one pool of places, are served together, by one place
     aux_losses: dict[str, AuxLoss] = field(default_factory=dict)
     stats: dict[str, Tensor] = field(default_factory=dict)  # detached; summed over step and ranks
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -222,6 +223,93 @@ def test_no_tokens_at_all_is_no_trouble() -> None:
     plan = plan_from_choices(torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0, 2), info, num_experts=3)
     config = MoEConfig(num_experts=3, expert_capacity_factor=1.0)
     assert make_limit(config, 2, NOBODY)(plan, info).expert_ids.shape == (0,)
+
+
+def slow_pools(
+    plan: RoutingPlan, info: TokenInfo, config: MoEConfig, capacity: list[int], pools: int
+) -> set[tuple[int, int]]:
+    """Pools with places for so many tokens, or so many assignments, served one by one."""
+    width = config.num_experts // pools
+    asked: dict[int, list[tuple[int, float, float]]] = {}
+    for n, (token, expert) in enumerate(zip(plan.token_ids.tolist(), plan.expert_ids.tolist(), strict=True)):
+        if expert < config.num_experts:
+            rank = 0.0 if plan.priority is None else float(plan.priority[n])
+            asked.setdefault(token, []).append((expert, float(plan.combine_weights[n]), rank))
+    queue: list[tuple[tuple[float, ...], int, list[int]]] = []
+    for token, entries in asked.items():
+        sure = 0.0 if plan.confidence is None else float(plan.confidence[token])
+        key = float(info.keys[token])
+        if plan.indivisible:
+            heaviest = max(weight for _, weight, _ in entries)
+            first = {"position": 0.0, "probs": -heaviest, "bpr": -sure}[config.token_drop_policy]
+            queue.append(((first, key), token, [expert for expert, _, _ in entries]))
+        else:
+            for expert, weight, rank in entries:
+                order = {"position": (rank,), "probs": (-weight,), "bpr": (rank, -sure)}[config.token_drop_policy]
+                queue.append(((*order, key), token, [expert]))
+    taken: dict[tuple[int, int], int] = {}
+    served = set()
+    for _, token, experts in sorted(queue, key=lambda entry: entry[0]):
+        place = (int(info.groups[token]), experts[0] // width)
+        if taken.get(place, 0) < capacity[place[0]]:
+            taken[place] = taken.get(place, 0) + 1
+            served |= {(token, expert) for expert in experts}
+    return served
+
+
+def pooled_plan(info: TokenInfo, pools: int, width: int, choices: int, seed: int, k_major: bool) -> RoutingPlan:
+    """Each token's choices in one pool, in an order of their own, with ties among weights and among tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = len(info.keys)
+    pool = (torch.rand(tokens, 1, generator=generator).square() * pools).long()
+    ids = pool * width + torch.rand(tokens, width, generator=generator).argsort(dim=1)[:, :choices]
+    weights = torch.randint(1, 9, (tokens, choices), generator=generator).double() / 16
+    sure = torch.randint(1, 5, (tokens,), generator=generator).double() / 4
+    plan = plan_from_choices(ids, weights, info, num_experts=pools * width, k_major=k_major, confidence=sure)
+    shuffled = torch.randperm(tokens * choices, generator=generator)
+    names = ("token_ids", "expert_ids", "combine_weights") + (("priority",) if k_major else ())
+    return replace(plan, indivisible=True, **{name: getattr(plan, name)[shuffled] for name in names})
+
+
+POLICIES = ("position", "probs", "bpr")
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("k_major", [False, True])
+@pytest.mark.parametrize(("pools", "width", "choices"), [(2, 4, 3), (3, 2, 2), (4, 1, 1), (1, 5, 5)])
+def test_an_indivisible_token_takes_one_place_of_its_pool_for_all_its_assignments(
+    policy: str, k_major: bool, pools: int, width: int, choices: int
+) -> None:
+    info = token_info(7, 4, group_samples=2, padding=[(6, 0), (6, 1), (0, 3)])
+    config = MoEConfig(
+        num_experts=pools * width, router_topk=choices, expert_capacity_factor=0.7, token_drop_policy=policy
+    )
+    plan = pooled_plan(info, pools, width, choices, 5, k_major)
+    limited = make_limit(config, choices, NOBODY, pools)(plan, info)
+    capacity = [places(int(n), exact(0.7) / pools) for n in info.group_tokens]
+    assert pairs(limited) == slow_pools(plan, info, config, capacity, pools)
+    assert 0 < len(pairs(limited)) < len(pairs(plan))
+    per_token = [sum(token == row for token, _ in pairs(limited)) for row in range(len(info.keys))]
+    assert set(per_token) == {0, choices}
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_divisible_assignments_of_a_pool_take_a_place_each(policy: str) -> None:
+    info = token_info(9, 2, group_samples=2)
+    config = MoEConfig(num_experts=6, router_topk=3, expert_capacity_factor=0.7, token_drop_policy=policy)
+    plan = replace(pooled_plan(info, 2, 3, 3, 6, k_major=True), indivisible=False)
+    limited = make_limit(config, 3, NOBODY, 2)(plan, info)
+    assert pairs(limited) == slow_pools(plan, info, config, [3 * places(18, exact(0.7) / 2)], 2)
+    assert len(pairs(limited)) < len(pairs(plan))
+    assert any(sum(token == row for token, _ in pairs(limited)) in (1, 2) for row in range(18))
+
+
+def test_an_indivisible_token_without_assignments_takes_no_place() -> None:
+    info = token_info(3)
+    ids = torch.tensor([[4, 4], [0, 1], [1, 0]])
+    plan = replace(plan_from_choices(ids, torch.ones(3, 2), info, num_experts=4), indivisible=True)
+    config = MoEConfig(num_experts=4, expert_capacity_factor=0.5)
+    assert pairs(make_limit(config, 2, NOBODY, 2)(plan, info)) == {(1, 0), (1, 1)}
 
 
 CASES = [(policy, order) for policy in ("position", "probs") for order in ("token_major", "k_major", "confidence")]

@@ -11,7 +11,7 @@ usage: bash tools/benchmark/gpu_check.sh [--quick] [--output DIR] [--device cpu|
   --quick        small sizes: does it run?
   --output DIR   where <date>-<device>.json goes (default: tools/benchmark/results)
   --device       default: cuda where there is one
-  --only PART    one of tests, correctness, ceilings, moe_layer, training_step
+  --only PART    one of tests, correctness, ceilings, moe_layer, training_step, router_decision
   --patience N   multiply the time limits, for a slow or busy machine
   --label TEXT   what a reader of the results must know of the conditions
 
@@ -107,6 +107,7 @@ else
 fi
 benchmark correctness 90
 benchmark ceilings 40
-benchmark moe_layer 200
+benchmark moe_layer 180
 benchmark training_step 90
+benchmark router_decision 100
 python3 -m tools.benchmark.results --folder "$work" --output "$output" --label "$label"

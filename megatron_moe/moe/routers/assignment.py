@@ -111,14 +111,16 @@ def _first_prices(scores: Tensor, is_token: Tensor, count: Tensor) -> Tensor:
     even = count[:, None].float() / scores.shape[2]
     # what is common to all tokens first
     price = (scores * present).sum(dim=1) / count[:, None].clamp(min=1)
-    best, least = price, torch.full_like(count, torch.iinfo(torch.int64).max)
+    best, least = price, torch.full_like(count, scores.shape[1] + 1)
     for temperature in _TEMPERATURES:
         for _ in range(2):
             price = _newton_step(price, scores, present, even, temperature)
         loads = _loads((scores - price[:, None]).argmax(dim=2), is_token, scores.shape[2])
         excess = (loads - even.ceil().to(torch.int64)).clamp(min=0).sum(dim=1)
-        best = price.where((excess < least)[:, None], best)
-        least = torch.minimum(least, excess)
+        # a group that is good enough keeps its prices, whatever the others of its microbatch need
+        better = (excess < least) & (2 * least > scores.shape[2])
+        best = price.where(better[:, None], best)
+        least = excess.where(better, least)
         if bool((2 * least <= scores.shape[2]).all()):
             break
     return best.to(torch.float64)
@@ -131,7 +133,7 @@ def _newton_step(price: Tensor, scores: Tensor, present: Tensor, even: Tensor, t
     slope = torch.diag_embed(load) - shares.transpose(1, 2) @ shares
     # prices are free up to a constant, and experts without tokens have no slope at all
     damping = torch.diag_embed((1e-3 * even + 1e-6).expand_as(load)) + (even / load.shape[1])[..., None]
-    step = torch.linalg.solve_ex(slope + damping, load - even).result
+    step: Tensor = torch.linalg.solve_ex(slope + damping, load - even).result
     return price + temperature * step.nan_to_num().clamp(-2.0, 2.0)
 
 
@@ -148,7 +150,7 @@ def _next_round(flow: _Flow) -> _Flow:
     needed = least.gather(1, parent[:, None])
     movable = (flow.column[..., None] == parent[:, None]) & (loss == needed)
     amount = _amounts(distance, parent, movable, over, under)
-    chosen = movable & (movable.to(torch.int32).cumsum(dim=1) <= amount[:, None])
+    chosen = movable & (movable.cumsum(dim=1, dtype=torch.int32) <= amount[:, None])
     target = chosen.to(torch.int8).argmax(dim=2)
     column = target.where(chosen.any(dim=2), flow.column)
     return _Flow(flow.scores, flow.exists, flow.places, flow.price - distance, column)

@@ -11,6 +11,7 @@ against transformers' DeepseekV3TopkRouter (scores, choice, weights); the balanc
   the same for V3 (k = 8, M = 4) and the default here; group_score_experts=none follows the paper.
 - the sequence-wise balance loss (eq. 17-20, weight 0.0001): E / (k·T) · Σ_e count_e P_e for each sample, P the mean of
   s / Σ s over all experts, counts of the k largest s without bias and groups (eq. 18; Megatron-LM counts so too).
+- balance=quantile sets the biases in one go instead of step by step: see quantile_balance.py.
 From public code only: route_scale 2.5 (deepseek-ai/DeepSeek-V3, config_671B.json). This project's reading: a load equal
 to the mean leaves its bias; `softmax` scores are there for comparison, arXiv:2408.15664 recommends the sigmoid.
 
@@ -37,6 +38,7 @@ from megatron_moe.moe.facts import Facts
 from megatron_moe.moe.losses import load_balance_loss, router_stats
 from megatron_moe.moe.plan import AuxLoss, RoutingPlan, TokenInfo
 from megatron_moe.moe.routers.group_limited import ExpertGroups, GroupOptions, expert_groups, limited_experts
+from megatron_moe.moe.routers.quantile_balance import next_bias, quantile_stats
 from megatron_moe.moe.routers.router import Router
 from megatron_moe.moe.routers.top_k import best_experts
 
@@ -50,6 +52,12 @@ class DeepSeekV3Options(GroupOptions):
     )
     score: str = option("sigmoid", "what makes a score of a logit", choices=("sigmoid", "softmax"))
     route_scale: float = option(2.5, "what the weights of a token sum to", above=0)
+    balance: str = option(
+        "sign",
+        "how biases follow the loads: by bias_update_rate after each step, or at once, to the quantiles of the scores "
+        "that would have balanced them (Megatron's quantile balancing)",
+        choices=("sign", "quantile"),
+    )
     bias_update_rate: float = option(1e-3, "how far a bias moves after each step; 0 = never", at_least=0)
     bias_update_until: float = option(
         1.0, "part of the training after which biases stand still; 0.966 in DeepSeek-V3", above=0, at_most=1
@@ -84,7 +92,8 @@ class DeepSeekV3Router(Router):
         super().setup()
         self._check_effects()
         self.groups = expert_groups(self.config, self.options, self._group_score_experts())
-        self.bias_rate = self.options.bias_update_rate
+        self.by_quantile = self.options.balance == "quantile"
+        self.biases_move = True
         self.new_state("expert_bias", torch.zeros(self.config.num_experts, dtype=self.dtype))
 
     def _check_effects(self) -> None:
@@ -104,6 +113,28 @@ class DeepSeekV3Router(Router):
             raise ConfigError(
                 f"--moe-router-options bias_update_until={options.bias_update_until:g} has no effect with "
                 f"bias_update_rate=0, which never moves a bias; leave it out."
+            )
+
+        if options.balance == "quantile":
+            self._check_quantile()
+
+    def _check_quantile(self) -> None:
+        """Raises ConfigError for what the quantile rule has no use for."""
+        options, choices = self.options, self.config.router_topk
+        if options.num_groups is not None:
+            raise ConfigError(
+                "--moe-router-options balance=quantile knows no groups of experts, for it balances a free choice; "
+                "leave out num_groups and topk_groups, or use balance=sign."
+            )
+        if options.bias_update_rate != DeepSeekV3Options.bias_update_rate:
+            raise ConfigError(
+                f"--moe-router-options bias_update_rate={options.bias_update_rate:g} has no effect with "
+                f"balance=quantile, which sets biases at once; leave it out, or use balance=sign."
+            )
+        if choices == self.config.num_experts:
+            raise ConfigError(
+                f"--moe-router-options balance=quantile has nothing to balance where --moe-router-topk {choices} takes "
+                f"every expert; use fewer, or leave it out."
             )
 
     def _group_score_experts(self) -> int:
@@ -140,13 +171,16 @@ class DeepSeekV3Router(Router):
             losses["sequence_loss"] = AuxLoss(
                 self._sequence_loss(logits, shares, info), self.options.sequence_loss_coeff, per="sequence"
             )
+        stats = router_stats(shares, info)
+        if self.by_quantile and info.train:
+            stats |= quantile_stats(scores, self.expert_bias, self.config.router_topk, info, self.group_axis)
         return self.plan(
             expert_ids,
             log_scores.gather(1, expert_ids).softmax(dim=1) * self.options.route_scale,
             info,
             scores=scores,
             aux_losses=losses,
-            stats=router_stats(shares, info),
+            stats=stats,
         )
 
     def _sequence_loss(self, logits: Tensor, shares: Tensor, info: TokenInfo) -> Tensor:
@@ -159,11 +193,16 @@ class DeepSeekV3Router(Router):
 
     def before_step(self, progress: float) -> None:
         """progress: 0..1 of training."""
-        self.bias_rate = self.options.bias_update_rate if progress < self.options.bias_update_until else 0.0
+        self.biases_move = progress < self.options.bias_update_until
 
     def after_step(self, own: dict[str, Tensor], model: dict[str, Tensor]) -> None:
         """Raise the biases of experts that were asked for less than the mean, lower those of the others."""
+        if not self.biases_move:
+            return
+        if self.by_quantile:
+            self.expert_bias.copy_(next_bias(own))
+            return
         load = own["requested"]
         # whole numbers: a load equal to the mean is seen as such
         direction = (load.sum() - load * len(load)).sign()
-        self.expert_bias.add_(direction.to(self.expert_bias), alpha=self.bias_rate)
+        self.expert_bias.add_(direction.to(self.expert_bias), alpha=self.options.bias_update_rate)

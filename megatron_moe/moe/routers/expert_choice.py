@@ -26,6 +26,7 @@ from megatron_moe.moe.capacity import exact, expert_places
 from megatron_moe.moe.facts import Facts
 from megatron_moe.moe.losses import router_stats
 from megatron_moe.moe.plan import RoutingPlan, TokenInfo
+from megatron_moe.moe.routers.expert_plan import plan_from_takers
 from megatron_moe.moe.routers.group_table import group_table
 from megatron_moe.moe.routers.options import parse_options
 from megatron_moe.moe.routers.router import Router
@@ -85,22 +86,9 @@ class ExpertChoiceRouter(Router):
         """tokens: (T, H).  N = num_groups · E · C on every rank; what falls to other ranks' tokens is nobody's here."""
         logits = self.logits(tokens)
         scores = logits.softmax(dim=1)
-        num_tokens, num_experts = scores.shape
         rows, taken = self._choose(scores.detach(), info)
-        if not num_tokens:
-            rows, taken = rows[..., :0], taken[..., :0]
-        mine = taken & (rows >= 0) & (rows < num_tokens)
-        rows = rows.masked_fill(~mine, 0)
-        experts = torch.arange(num_experts, device=rows.device)[None, :, None].expand_as(rows)
-        return RoutingPlan(
-            num_tokens=num_tokens,
-            num_experts=num_experts,
-            token_ids=rows.reshape(-1),
-            expert_ids=experts.masked_fill(~mine, num_experts).reshape(-1),
-            combine_weights=scores[rows, experts].masked_fill(~mine, 0.0).reshape(-1),
-            aux_losses=self.aux_losses(logits, scores, None, info),
-            stats=router_stats(scores, info),
-        )
+        losses = self.aux_losses(logits, scores, None, info)
+        return plan_from_takers(scores, rows, taken, aux_losses=losses, stats=router_stats(scores, info))
 
     def _places(self, tokens: Tensor) -> Tensor:
         """C of groups with so many tokens."""

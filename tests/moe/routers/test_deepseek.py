@@ -1,11 +1,10 @@
 """DeepSeekMoE and V2: groups, raw weights, losses at three levels and drops over a group's places."""
 
-import math
 from typing import Any
 
 import pytest
 import torch
-from moe_rows import GOLDEN_LOGITS, NOBODY, golden_router, make_router, pairs, token_info, weights_of
+from moe_rows import NOBODY, golden_router, make_router, pairs, token_info, weights_of
 from torch import Tensor
 from transformers.models.deepseek_v2.configuration_deepseek_v2 import DeepseekV2Config
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2TopkRouter
@@ -92,7 +91,8 @@ def test_no_groups_and_all_groups_are_raw_top_k() -> None:
 )
 def test_choice_and_weights_are_those_of_transformers(method: str, options: dict[str, str]) -> None:
     sizes = {"hidden_size": 16, "n_routed_experts": 16, "num_experts_per_tok": 5, "n_group": 4, "topk_group": 2}
-    gate = DeepseekV2TopkRouter(DeepseekV2Config(**sizes, topk_method=method, routed_scaling_factor=16.0))
+    known = DeepseekV2Config(**sizes, num_attention_heads=4, topk_method=method, routed_scaling_factor=16.0)
+    gate = DeepseekV2TopkRouter(known)
     router = make_router(deepseek(16, 5, route_scale="16", **options), 16, dtype=torch.float32)
     with torch.no_grad():
         gate.weight.copy_(router.get_parameter("weight"))
@@ -168,7 +168,7 @@ def test_even_scores_make_every_loss_one() -> None:
 
 
 # who wants to go to which of two groups of two experts, and how much
-CROWD = [[0.0, -1.0, -9.0, -9.0], [2.0, 1.0, -9.0, -9.0], [1.0, 0.5, -9.0, -9.0], [-9.0, -9.0, 1.0, 0.0]]
+CROWD = [[0.0, -0.2, -9.0, -9.0], [2.0, 0.0, -9.0, -9.0], [1.0, 0.5, -9.0, -9.0], [-9.0, -9.0, 1.0, 0.0]]
 
 
 def served(tokens: Tensor, info: TokenInfo, **fields: Any) -> set[tuple[int, int]]:
@@ -180,14 +180,10 @@ def served(tokens: Tensor, info: TokenInfo, **fields: Any) -> set[tuple[int, int
 
 def test_a_group_shares_its_places_and_drops_the_lowest_scores_by_themselves() -> None:
     tokens = torch.tensor(CROWD, dtype=torch.float64)
-    scores = tokens.softmax(1)
     asked = {(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1), (3, 2), (3, 3)}
-    # places for 2 tokens of k = 2 in each group: four of the six assignments to group 0
+    # places for 2 tokens of k = 2 in each group: the scores for group 0 are .55 .45, .88 .12 and .62 .38
     kept = served(tokens, token_info(4), expert_capacity_factor=1.0, token_drop_policy="probs")
-    crowd = sorted((pair for pair in asked if pair[1] < 2), key=lambda pair: -float(scores[pair]))
-    assert kept == {*crowd[:4], (3, 2), (3, 3)}
-    # one token lost only its second expert
-    assert {token for token, expert in asked - kept} != {token for token, expert in crowd[4:] if (token, 0) not in kept}
+    assert kept == asked - {(1, 1), (2, 1)}
     assert served(tokens, token_info(4), expert_capacity_factor=1.0) == asked - {(2, 0), (2, 1)}
 
 
@@ -212,7 +208,6 @@ def test_the_scale_reaches_the_gradient() -> None:
         assert grad is not None
         grads.append(grad)
     torch.testing.assert_close(grads[1], 256 * grads[0])
-    assert math.isclose(float(torch.tensor(GOLDEN_LOGITS).softmax(1).sum()), 6.0, rel_tol=1e-6)
 
 
 @pytest.mark.parametrize(

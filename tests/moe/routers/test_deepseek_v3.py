@@ -71,7 +71,7 @@ def test_the_gradient_goes_through_the_scores_of_the_chosen_only() -> None:
     wanted = torch.zeros(8, dtype=torch.float64)
     # d (s_3 / Σ s) / d z_e = share_3 (1[e = 3] - share_e) (1 - s_e)
     for place, expert in enumerate([3, 6, 2]):
-        wanted[expert] = 2.5 * share[0] * ((expert == 3) - share[place]) * (1 - s[expert])
+        wanted[expert] = 2.5 * share[0] * (float(expert == 3) - share[place]) * (1 - s[expert])
     assert tokens.grad is not None
     torch.testing.assert_close(tokens.grad[0], wanted)
     assert not router.get_buffer("expert_bias").requires_grad
@@ -99,11 +99,11 @@ def test_softmax_scores_without_a_bias_are_plain_top_k() -> None:
 
 
 @pytest.mark.parametrize(
-    ("choices", "kept", "expected"), [(3, 2, [0, 4, 1]), (4, 2, [3, 2, 6, 7]), (4, 4, [0, 4, 3, 2])]
+    ("choices", "kept", "expected"), [(3, 2, [7, 3, 2]), (4, 2, [5, 4, 1, 0]), (3, 3, [7, 3, 5]), (2, 3, [7, 3])]
 )
 def test_group_scores_may_follow_the_paper(choices: int, kept: int, expected: list[int]) -> None:
-    # by the best one, groups 0 and 2 lead; by the sum of two, groups 1 and 3
-    tokens = torch.tensor([[3.0, -9.0, 2.02, 2.01, 2.5, -9.0, 2.0, 1.99]], dtype=torch.float64)
+    # by the best one, groups 3 and 1 lead; by the sum of two, groups 2 and 0
+    tokens = torch.tensor([[1.99, 2.0, -9.0, 2.5, 2.01, 2.02, -9.0, 3.0]], dtype=torch.float64)
     config = deepseek_v3(8, choices, num_groups="4", topk_groups=str(kept), group_score_experts="none")
     assert biased_router(config)(tokens, token_info(1)).expert_ids.tolist() == expected
 
@@ -154,7 +154,7 @@ def test_the_sequence_loss_is_that_of_each_sample_whatever_its_group() -> None:
     wanted = 0.0
     for sample in range(3):
         rows = tokens[(info.sequences == sample) & ~info.is_padding]
-        s = (rows @ router.get_parameter("weight").T).sigmoid()
+        s = (rows @ router.get_parameter("weight").detach().T).sigmoid()
         count = torch.zeros(8, dtype=torch.float64).index_add(
             0, s.topk(3).indices.flatten(), torch.ones(3 * len(rows), dtype=torch.float64)
         )
@@ -198,21 +198,68 @@ def test_the_rate_is_an_option_and_ends_when_told() -> None:
     assert torch.equal(frozen.get_buffer("expert_bias"), torch.tensor([0.1, 0.2, 0.3, 0.4]).double())
 
 
-def test_biases_balance_a_skewed_stream_of_tokens() -> None:
-    # two of eight experts are wanted by nearly every token
-    router = biased_router(deepseek_v3(8, 2, bias_update_rate="0.005"))
+def violations_of(config: MoEConfig, steps: int) -> list[float]:
+    """(largest load - mean) / mean at each step, of a stream in which nearly every token wants the same two experts."""
+    router = biased_router(config)
     skew = torch.tensor([2.0, 1.5, 0.3, 0.0, 0.0, -0.3, -0.5, -1.0], dtype=torch.float64)
     info = token_info(512)
-    violations = []
-    for step in range(250):
+    found = []
+    for step in range(steps):
         tokens = skew + torch.randn(512, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
-        load = router(tokens, info).tokens_per_expert().double()
-        violations.append(float(load.max() / load.mean()) - 1)
-        router.after_step({"requested": load}, {})
+        plan = router(tokens, info)
+        load = plan.tokens_per_expert().double()
+        found.append(float(load.max() / load.mean()) - 1)
+        router.after_step({"requested": load, **plan.stats}, {})
+    return found
+
+
+def test_biases_balance_a_skewed_stream_of_tokens() -> None:
+    violations = violations_of(deepseek_v3(8, 2, bias_update_rate="0.005"), 250)
     first, last = sum(violations[:10]) / 10, sum(violations[-10:]) / 10
     assert first > 1.5
     assert last < 0.3
     assert sum(violations[100:110]) / 10 < sum(violations[20:30]) / 10 < first
+
+
+def test_quantiles_balance_the_stream_in_a_few_steps() -> None:
+    violations = violations_of(deepseek_v3(8, 2, balance="quantile"), 20)
+    assert violations[0] > 1.5
+    assert max(violations[5:]) < 0.4
+
+
+def slow_quantiles(scores: Tensor, bias: Tensor, choices: int) -> list[float]:
+    """For one group: what T·k // E of its tokens exceed in each expert's score less the token's (k+1)-th best."""
+    rows = [(row, sorted((row + bias).tolist(), reverse=True)[choices]) for row in scores]
+    exceeding = len(rows) * choices // scores.shape[1]
+    return [sorted((float(row[e]) - cut for row, cut in rows), reverse=True)[exceeding] for e in range(scores.shape[1])]
+
+
+def test_quantile_biases_are_the_mean_of_the_groups_quantiles() -> None:
+    router = biased_router(deepseek_v3(8, 3, balance="quantile"), BIAS)
+    # the last group is padding only: it has no say
+    info = token_info(9, 5, group_samples=2, padding=[(8, 0), (7, 0), (8, 3), *((p, 4) for p in range(9))])
+    tokens = torch.randn(45, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(8))
+    stats = router(tokens, info).stats
+    bias, wanted = router.get_buffer("expert_bias").clone(), torch.zeros(8, dtype=torch.float64)
+    for group in range(2):
+        rows = tokens[(info.groups == group) & ~info.is_padding]
+        wanted -= torch.tensor(slow_quantiles(rows.sigmoid(), bias, 3), dtype=torch.float64) / 2
+    assert stats["quantile_groups"] == 2
+    router.after_step(stats, {})
+    torch.testing.assert_close(router.get_buffer("expert_bias"), wanted, rtol=1e-12, atol=1e-14)
+    assert "quantile_sum" not in router(tokens, token_info(9, 5, train=False)).stats
+
+
+def test_quantiles_of_tokens_that_stand_still_make_the_loads_even() -> None:
+    router = biased_router(deepseek_v3(3, 2, balance="quantile"))
+    tokens = torch.randn(301, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(9)) + torch.tensor(
+        [3, 0, 1]
+    )
+    for _ in range(12):
+        plan = router(tokens, token_info(301))
+        router.after_step(plan.stats, {})
+    load = router(tokens, token_info(301)).tokens_per_expert()
+    assert int(load.max() - load.min()) <= 4
 
 
 def bias_on_rank(rank: int, world_size: int) -> list[float]:
@@ -272,6 +319,12 @@ def test_training_moves_the_biases_by_the_same_loads_on_every_layout() -> None:
         (deepseek_v3(score="relu"), r"score=relu: expected sigmoid or softmax"),
         (deepseek_v3(bias_update_rate="0", bias_update_until="0.9"), r"bias_update_until=0.9 has no effect"),
         (deepseek_v3(bias_update_until="0"), r"bias_update_until=0: expected"),
+        (deepseek_v3(balance="quantile", **GROUPS), r"balance=quantile knows no groups"),
+        (
+            deepseek_v3(balance="quantile", bias_update_rate="0"),
+            r"bias_update_rate=0 has no effect with balance=quantile",
+        ),
+        (deepseek_v3(choices=8, balance="quantile"), r"--moe-router-topk 8 takes every expert"),
         (deepseek_v3(fields={"aux_loss_coeff": 0.1}), r"--moe-aux-loss-coeff 0.1 has no effect"),
     ],
 )

@@ -1,0 +1,64 @@
+"""Writes tests/golden/routers/*.json from the oracles: inputs, plan, weights and losses of every router.
+
+    PYTHONPATH=.:tests python tests/golden/write_router_vectors.py
+
+The code under test only says which parameters a router has. Others may hold their own code to these files.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from oracles.case import Case, Expected
+from oracles.cases import Shape, make_case
+from oracles.registry import CASES, ORACLES
+
+FOLDER = Path(__file__).parent / "routers"
+
+
+def plain(value: Any) -> Any:
+    return value.tolist() if isinstance(value, np.ndarray) else value
+
+
+def as_json(case: Case, expected: Expected) -> dict[str, Any]:
+    """Pairs are sorted by token, then expert."""
+    return {
+        "moe": dict(case.fields),
+        "train": case.train,
+        "seed": case.seed,
+        "step": case.step,
+        "layer": case.layer,
+        "vocab_size": case.vocab_size,
+        "num_groups": case.num_groups,
+        "tokens": plain(case.tokens),
+        "expert_keys": plain(case.expert_keys),
+        "parameters": {name: plain(value) for name, value in case.parameters.items()},
+        "state": {name: plain(np.asarray(value)) for name, value in case.state.items()},
+        "info": {name: plain(value) for name, value in case.info.items()},
+        "expected": {
+            "assignments": [[*pair, weight] for pair, weight in sorted(expected.pairs.items())],
+            "losses": {name: list(loss) for name, loss in expected.losses.items()},
+        },
+    }
+
+
+def vectors() -> dict[str, dict[str, Any]]:
+    """All files by name."""
+    found = {}
+    for name, fields in CASES.items():
+        for train in (True, False):
+            case = make_case(name, fields, Shape(train=train))
+            oracle = ORACLES[fields["router_type"]]
+            found[f"{name}-{'train' if train else 'eval'}"] = as_json(case, oracle(case))
+    return found
+
+
+def main() -> None:
+    FOLDER.mkdir(exist_ok=True)
+    for name, content in vectors().items():
+        (FOLDER / f"{name}.json").write_text(json.dumps(content) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

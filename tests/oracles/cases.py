@@ -1,0 +1,98 @@
+"""From a case's name to its numbers, and from a case to the router under test."""
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+from moe_rows import NOBODY, VOCAB, token_info
+from oracles.case import Case
+
+from megatron_moe.config.moe import MoEConfig
+from megatron_moe.moe.methods import build_router, find_method
+from megatron_moe.moe.plan import RoutingPlan, TokenInfo
+from megatron_moe.moe.routers.options import parse_options
+from megatron_moe.moe.routers.router import Router, Site
+from megatron_moe.parallel.layout import materialise
+from megatron_moe.parallel.state import ParallelState
+
+ARRAYS = (
+    *("ids", "previous_ids", "positions", "sequences", "is_padding", "groups", "keys"),
+    *("global_keys", "sample_keys", "passes"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """Of one question: tokens stand in `samples` sequences of `length`, the last ones of some are padding."""
+
+    length: int = 6
+    samples: int = 3
+    hidden: int = 5
+    experts: int = 4
+    train: bool = True
+    seed: int = 0
+
+
+def info_of(fields: Mapping[str, Any], shape: Shape) -> TokenInfo:
+    padding = [(shape.length - 1, 0)] if shape.length > 1 else []
+    padding += [(0, shape.samples - 1)] if shape.samples > 1 else []
+    group = int(fields.get("routing_group_samples", 1))
+    return token_info(
+        shape.length, shape.samples, group_samples=group, padding=padding, train=shape.train, seed=1 + shape.seed
+    )
+
+
+def make_case(name: str, fields: Mapping[str, Any], shape: Shape) -> Case:
+    """Numbers are drawn from the case's name and shape; the router says only which parameters it has."""
+    config = MoEConfig(num_experts=shape.experts, **fields)
+    router = bare_router(config, shape.hidden)
+    draw = np.random.default_rng(int.from_bytes(hashlib.sha256(f"{name} {shape}".encode()).digest()[:8], "little"))
+    tokens = draw.normal(size=(shape.length * shape.samples, shape.hidden))
+    parameters = {key: draw.normal(size=tuple(value.shape)) for key, value in router.named_parameters()}
+    state = {key: value.numpy() for key, value in router.named_buffers()}
+    info = info_of(fields, shape)
+    return Case(
+        name=name,
+        fields={"num_experts": shape.experts, **fields},
+        options=asdict(parse_options(find_method(config.router_type).Options, config)),
+        tokens=tokens,
+        parameters=parameters,
+        state={key: _other_state(value, draw) for key, value in state.items()},
+        info={key: getattr(info, key).numpy() for key in ARRAYS},
+        num_groups=info.num_groups,
+        train=shape.train,
+        seed=1 + shape.seed,
+        vocab_size=VOCAB,
+        expert_keys=draw.normal(size=(shape.experts, shape.hidden)) if router.reads_expert_keys else None,
+    )
+
+
+def _other_state(value: np.ndarray, draw: np.random.Generator) -> np.ndarray:
+    """A remembered number that is not its first value; whole numbers (tables, flags) stay as they are."""
+    if not np.issubdtype(value.dtype, np.floating):
+        return value
+    return value + 0.1 * draw.random(size=value.shape)
+
+
+def bare_router(config: MoEConfig, hidden: int, dtype: torch.dtype = torch.float64) -> Router:
+    router = build_router(config, hidden, Site(NOBODY, dtype, 0.5, layer=3, vocab_size=VOCAB, seed=1))
+    materialise(router, ParallelState.alone(), 7, torch.device("cpu"))
+    return router
+
+
+def ask_router(case: Case, info: TokenInfo, dtype: torch.dtype = torch.float64) -> RoutingPlan:
+    """The plan of the code under test."""
+    router = bare_router(MoEConfig(**case.fields), case.tokens.shape[1], dtype)
+    with torch.no_grad():
+        for key, parameter in router.named_parameters():
+            parameter.copy_(torch.from_numpy(case.parameters[key]))
+        for key, buffer in router.named_buffers():
+            buffer.copy_(torch.from_numpy(np.asarray(case.state[key])))
+        if case.expert_keys is not None:
+            info = dataclasses.replace(info, expert_keys=torch.from_numpy(case.expert_keys).to(dtype))
+        plan: RoutingPlan = router(torch.from_numpy(case.tokens).to(dtype), info)
+    return plan
