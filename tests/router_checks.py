@@ -58,7 +58,7 @@ def check_router(config: MoEConfig) -> None:
 
 
 def check_reach(router: Router, tokens: Tensor, info: TokenInfo, loss: Tensor) -> None:
-    """The gradient reaches the tokens, but not padding, and all that is learned; constant weights have nothing to learn."""
+    """The gradient reaches tokens, not padding, and all that is learned; with constant weights that is nothing."""
     if not loss.requires_grad:
         assert not list(router.parameters())
         return

@@ -3,6 +3,7 @@
 Examples:
     python tools/inspect_dataset.py data/corpus_text_document --verify
     python tools/inspect_dataset.py data/corpus_text_document --document 3 --tokenizer-type ByteTokenizer
+    python tools/inspect_dataset.py data/corpus_text_document --token-counts counts.npy --vocab-size 50304
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megatron_moe.config.errors import ConfigError, DataError, MegatronMoEError
-from megatron_moe.data.indexed_dataset import CHUNK, IndexedDataset
+from megatron_moe.config.errors import ConfigError, DataError, MegatronMoEError, StorageError
+from megatron_moe.data.indexed_dataset import CHUNK, IndexedDataset, IntArray
 from megatron_moe.data.tokenizer import TOKENIZER_TYPES, TokenizerFiles, open_tokenizer
 
 
@@ -38,17 +40,38 @@ def summary(dataset: IndexedDataset) -> dict[str, Any]:
 def verify(dataset: IndexedDataset, *, vocab_size: int | None) -> dict[str, Any]:
     """Checks the whole index and reads every token; DataError if one is outside the vocabulary."""
     dataset.verify_index()
-    smallest, largest = 0, -1
+    largest = max((int(np.max(piece)) for piece in checked_pieces(dataset, vocab_size=vocab_size)), default=-1)
+    return {"verified": True, "largest_token": largest}
+
+
+def checked_pieces(dataset: IndexedDataset, *, vocab_size: int | None) -> Iterator[IntArray]:
+    """All tokens in bounded pieces; DataError if one is outside the vocabulary."""
     for start in range(0, dataset.num_tokens, CHUNK):
         piece = dataset.tokens(start, start + CHUNK)
-        smallest, largest = min(smallest, int(np.min(piece))), max(largest, int(np.max(piece)))
+        smallest, largest = int(np.min(piece)), int(np.max(piece))
         if smallest < 0 or (vocab_size is not None and largest >= vocab_size):
             bad = smallest if smallest < 0 else largest
             raise DataError(
                 f"{dataset.bin_path} holds token {bad} among the tokens from {start} on; expected 0 up to "
                 f"{'any' if vocab_size is None else vocab_size - 1}. Make the corpus again with the right tokenizer."
             )
-    return {"verified": True, "largest_token": largest}
+        yield piece
+
+
+def write_token_counts(dataset: IndexedDataset, path: str, *, vocab_size: int | None) -> dict[str, Any]:
+    """Writes (V,) int64, how often each id occurs, as a .npy file: what the router hash balances its table by."""
+    if not path.endswith(".npy"):
+        raise ConfigError(f"--token-counts {path}: expected a name that ends in .npy.")
+    if vocab_size is None:
+        raise ConfigError("--token-counts needs to know how many ids there are; give --vocab-size or --tokenizer-type.")
+    counts = np.zeros(vocab_size, np.int64)
+    for piece in checked_pieces(dataset, vocab_size=vocab_size):
+        counts += np.bincount(piece, minlength=vocab_size)
+    try:
+        np.save(Path(path), counts)
+    except OSError as error:
+        raise StorageError(f"--token-counts {path} cannot be written: {error.strerror}.") from error
+    return {"token_counts": path, "ids_that_occur": int((counts > 0).sum())}
 
 
 def show_document(dataset: IndexedDataset, number: int, files: TokenizerFiles) -> dict[str, Any]:
@@ -73,12 +96,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("prefix", help="path without .bin/.idx")
     parser.add_argument("--verify", action="store_true", help="check the whole index and read every token")
     parser.add_argument("--document", type=int, metavar="N", help="show document N, from 0")
+    parser.add_argument(
+        "--token-counts", metavar="FILE.npy", help="write how often each id occurs, for the router hash"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of lines")
     parser.add_argument("--tokenizer-type", choices=list(TOKENIZER_TYPES), help="to show text and check ids")
     parser.add_argument("--tokenizer-model", metavar="PATH")
     parser.add_argument("--vocab-file", metavar="PATH")
     parser.add_argument("--merge-file", metavar="PATH")
-    parser.add_argument("--vocab-size", type=int, metavar="N", help="ids that --verify allows; ids of NullTokenizer")
+    parser.add_argument("--vocab-size", type=int, metavar="N", help="ids of the corpus; ids of NullTokenizer")
     return parser
 
 
@@ -89,9 +115,14 @@ def inspect(given: argparse.Namespace) -> dict[str, Any]:
     )
     dataset = IndexedDataset(given.prefix)
     found = summary(dataset)
+    sizes = [given.vocab_size]
+    if files.kind and (given.verify or given.token_counts):
+        sizes.append(open_tokenizer(files).vocab_size)
+    vocab_size = min((size for size in sizes if size), default=None)
     if given.verify:
-        sizes = [size for size in (given.vocab_size, open_tokenizer(files).vocab_size if files.kind else None) if size]
-        found |= verify(dataset, vocab_size=min(sizes, default=None))
+        found |= verify(dataset, vocab_size=vocab_size)
+    if given.token_counts:
+        found |= write_token_counts(dataset, given.token_counts, vocab_size=vocab_size)
     if given.document is not None:
         found |= show_document(dataset, given.document, files)
     return found

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_moe.certify.layouts import LAYOUTS, Layout
+from megatron_moe.certify.layouts import ETP, LAYOUTS, TP, Layout
 from megatron_moe.certify.tiny_model import GLOBAL_BATCH, tiny_config
 from megatron_moe.certify.tiny_run import TOLERANCE, alone, outcome_of, run_all, worst_difference
 from megatron_moe.config.errors import ConfigError
@@ -64,8 +64,17 @@ def certify(moe: Fields, model: Fields, *, max_ranks: int = 8) -> list[Row]:
 
 def _config(moe: Fields, model: Fields, layout: Layout, group: int) -> RunConfig:
     micro = max(layout.micro_batch_size, group)
-    config = tiny_config(moe, layout.parallel, model, micro)
-    check_world(config, layout.ranks)
+    try:
+        return _checked(tiny_config(moe, layout.parallel, model, micro), layout.ranks)
+    except ConfigError:
+        if ETP in layout.parallel or TP not in layout.parallel:
+            raise
+    # expert tensor parallelism follows the tensor size unless it is given: some methods want it given as 1
+    return _checked(tiny_config(moe, {**layout.parallel, ETP: 1}, model, micro), layout.ranks)
+
+
+def _checked(config: RunConfig, ranks: int) -> RunConfig:
+    check_world(config, ranks)
     validate(config)
     return config
 

@@ -62,7 +62,7 @@ def _model(moe: MoEConfig, seed: int) -> GPTStage:
             },
             "precision": {"dtype": "fp64"},
             "data": {"seq_length": LENGTH},
-            "training": {"global_batch_size": 1, "train_iters": 1, "seed": seed},
+            "training": {"global_batch_size": SAMPLES, "micro_batch_size": SAMPLES, "train_iters": 1, "seed": seed},
             "optimizer": {"lr": 1.0},
         }
     )

@@ -11,8 +11,8 @@ class Facts:
 
     batch_independent: no other sequence of the batch changes a token's experts, without a capacity and with routing
     groups of one sample.   losses: the router's own, with the default of its coefficient, beside the balance and z
-    losses that MoEConfig weighs.   example: fields of [moe], beside router_type, for a small model of four experts: what
-    the checks of the list, and whoever wants to try this way of routing, begin with.
+    losses that MoEConfig weighs.   example: fields of [moe], beside router_type, for a small model of four experts:
+    what the checks of the list begin with, and whoever wants to try this way of routing.
     """
 
     paper: str  # "Switch, arXiv:2101.03961"

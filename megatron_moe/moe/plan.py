@@ -18,7 +18,7 @@ class AuxLoss:
     """
 
     share: Tensor
-    weight: float
+    weight: float | Tensor  # a tensor where it is remembered and adapted
     per: str = "group"
 
 
@@ -40,8 +40,11 @@ class TokenInfo:
     group_size: int  # tokens of a whole group on all ranks, padding included
     group_tokens: Tensor  # (num_groups,) non-padding tokens of each whole group, on all ranks of group_axis
     sequence_tokens: Tensor  # (samples,) the same of each sample; `sequences` points into it
+    sequence_groups: Tensor  # (samples,) the routing group of each
+    sequence_keys: Tensor  # (samples,) sample_keys of each, whether or not this rank holds a token of it
     random: KeyedRandom  # (seed, step, "router", layer, pass)
     train: bool
+    start: int = 0  # position of the first row of the sequences that are here (decoding)
     expert_keys: Tensor | None = None  # (E, H) wide: mean key of each expert, for routers that read them
 
 

@@ -41,8 +41,11 @@ def token_info(ctx: ForwardContext, tp: Axis, layer: int, group_samples: int) ->
         group_size=view.length * group_samples,
         group_tokens=group_tokens,
         sequence_tokens=per_sample,
+        sequence_groups=group_of,
+        sequence_keys=sample_keys,
         random=ctx.random.at(stream="router", layer=layer),
         train=ctx.train,
+        start=view.start,
     )
 
 

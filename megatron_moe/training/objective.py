@@ -25,7 +25,7 @@ class GlobalCounts:
     groups: int  # routing groups, in every pass
     sequences: int  # samples, in every pass
 
-    def aux_scale(self, loss: AuxLoss) -> float:
+    def aux_scale(self, loss: AuxLoss) -> float | Tensor:
         """The factor of a router's share in the objective."""
         return loss.weight / self.number_of(loss.per)
 

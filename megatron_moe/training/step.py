@@ -132,7 +132,7 @@ class StepProgram:
         losses = []
         for report in output.reports:
             self.findings.add_report(report)
-            weighed = [loss for loss in report.aux_losses.values() if loss.weight]
+            weighed = [loss for loss in report.aux_losses.values() if isinstance(loss.weight, Tensor) or loss.weight]
             losses += [loss.share * (self._counts.aux_scale(loss) * self._aux_share) for loss in weighed]
         if stage.last:
             stream = self._batches[microbatch].decoder

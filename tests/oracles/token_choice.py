@@ -3,7 +3,7 @@
 import math
 
 from oracles.case import Case, Expected
-from oracles.common import add_losses, best, logits_of, softmax
+from oracles.formulas import add_losses, best, logits_of, softmax
 from oracles.draw import bits, place, uniform, uniform_row
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from ranks import run_on_ranks
 
-from megatron_moe.certify.layouts import LAYOUTS
+from megatron_moe.certify.layouts import ETP, LAYOUTS
 from megatron_moe.certify.tiny_model import GLOBAL_BATCH, tiny_config
 from megatron_moe.certify.tiny_run import TOLERANCE, Outcome, alone, outcome_of, run_all, worst_difference
 from megatron_moe.config.errors import ConfigError
@@ -73,7 +73,10 @@ def config_on(moe: Fields, layout: str) -> RunConfig | None:
     known = LAYOUTS[layout]
     if known.samples_of_a_rank(GLOBAL_BATCH) < group_of(moe):
         return None
-    config = tiny_config(moe, known.parallel, {}, max(known.micro_batch_size, group_of(moe)))
+    parallel = dict(known.parallel)
+    if layout.startswith("TP") and (moe["router_type"], "ETP") in MAY_REFUSE:
+        parallel[ETP] = 1
+    config = tiny_config(moe, parallel, {}, max(known.micro_batch_size, group_of(moe)))
     validate(config)
     return config
 

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megatron_moe.data.indexed_dataset import IndexedDataset
@@ -132,6 +133,22 @@ def alive(process: int) -> bool:
         return False
 
 
+def test_the_inspector_counts_how_often_each_id_occurs(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inspect_dataset, "CHUNK", 7)  # several pieces
+    assert preprocess_data.main(["--input", str(corpus), "--output-prefix", str(tmp_path / "out"), *BYTES]) == 0
+    prefix, counts = f"{tmp_path}/out_text_document", tmp_path / "counts.npy"
+    assert inspect_dataset.main([prefix, "--token-counts", str(counts), *BYTES]) == 0
+    text = "".join(f"document {number}" for number in range(30)).encode()
+    found = np.load(counts)
+    assert found.dtype == np.int64 and len(found) == 257
+    assert found.tolist() == [text.count(bytes([byte])) for byte in range(256)] + [0]
+    assert f"ids_that_occur     {len(set(text))}\n" in capsys.readouterr().out
+    assert inspect_dataset.main([prefix, "--token-counts", str(counts), *BYTES, "--vocab-size", "200"]) == 0
+    assert len(np.load(counts)) == 200
+
+
 def test_the_inspector_refuses_what_is_wrong(tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert preprocess_data.main(["--input", str(corpus), "--output-prefix", str(tmp_path / "out"), *BYTES]) == 0
     prefix = f"{tmp_path}/out_text_document"
@@ -141,6 +158,12 @@ def test_the_inspector_refuses_what_is_wrong(tmp_path: Path, corpus: Path, capsy
     assert "expected 0 up to 99" in capsys.readouterr().err
     assert inspect_dataset.main([prefix]) == 0
     assert "documents          30\n" in capsys.readouterr().out
+    assert inspect_dataset.main([prefix, "--token-counts", f"{tmp_path}/counts.txt"]) == 2
+    assert "ends in .npy" in capsys.readouterr().err
+    assert inspect_dataset.main([prefix, "--token-counts", f"{tmp_path}/counts.npy"]) == 2
+    assert "give --vocab-size or --tokenizer-type" in capsys.readouterr().err
+    assert inspect_dataset.main([prefix, "--token-counts", f"{tmp_path}/no/counts.npy", *BYTES]) == 74
+    assert "cannot be written" in capsys.readouterr().err
     Path(f"{prefix}.bin").write_bytes(b"1")
     assert inspect_dataset.main([prefix]) == 65
     assert "out_text_document.bin has 1 bytes" in capsys.readouterr().err

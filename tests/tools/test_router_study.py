@@ -11,6 +11,7 @@ import torch
 from scipy import stats
 
 from megatron_moe.config.errors import DataError
+from megatron_moe.training.flops import flops_per_token
 from tools.benchmark.router_study import chosen_jobs, main, parse, waiting
 from tools.benchmark.study.arms import SIZES, arms_of, sparse
 from tools.benchmark.study.claims import Difference, paired, verdict
@@ -84,7 +85,10 @@ def test_a_run_learns_reports_and_repeats_itself(text: Text) -> None:
     assert 0.5 < found["rows_per_token"] <= 1.0
     assert run(SWITCH, SMOKE, 0, text)["loss"] == found["loss"] != run(SWITCH, SMOKE, 1, text)["loss"]
     dense = run(DENSE, SMOKE, 0, text)
-    assert dense["rows_per_token"] is None and dense["flops_per_token"] == found["flops_per_token"]
+    assert dense["rows_per_token"] is None
+    # one of two layers has a router of eight rows: three passes of two FLOPs for each of its weights
+    assert found["flops_per_token"] - dense["flops_per_token"] == 3 * 2 * 8 * 32
+    assert dense["flops_per_token"] == flops_per_token(config_of(DENSE, SMOKE, 0), 256)
 
 
 def test_a_frozen_router_stays_where_it_is(text: Text) -> None:

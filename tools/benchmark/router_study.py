@@ -4,10 +4,10 @@ Runs are kept in a ledger that any machine can extend; a run that is there is no
 same seed every model sees the same text in the same order.
 
 Examples:
-    python tools/benchmark/router_study.py --smoke
-    python tools/benchmark/router_study.py --size tiny --seeds 0 1 2 --jobs 2 --ledger my_ledger.jsonl
-    python tools/benchmark/router_study.py --report --ledger my_ledger.jsonl --output study.md --picture study.png
-    python tools/benchmark/router_study.py --size tiny --only switch --router my_router.py:MyRouter
+    python -m tools.benchmark.router_study --smoke
+    python -m tools.benchmark.router_study --size tiny --seeds 0 1 2 --jobs 2 --ledger my_ledger.jsonl
+    python -m tools.benchmark.router_study --report --ledger my_ledger.jsonl --output study.md --picture study.png
+    python -m tools.benchmark.router_study --size tiny --only switch --router my_router.py:MyRouter
 """
 
 from __future__ import annotations

@@ -80,12 +80,14 @@ class OnePerRankDispatcher(Dispatcher):
         device = plan.expert_ids.device
         arriving = self._swap_counts(visits.send_assignments, device)
         experts = plan.expert_ids[visits.assignments] % self.local_experts
-        who = self.ep.comm.all_to_all(torch.stack([visits.visit_of, experts], dim=1), visits.send_assignments, arriving)
+        # visit and expert in one number: with many small experts these pairs weigh as much as the rows
+        pairs = visits.visit_of * self.local_experts + experts
+        pairs = self.ep.comm.all_to_all(pairs, visits.send_assignments, arriving)
         weights = exchange(plan.combine_weights[visits.assignments], self.ep, visits.send_assignments, arriving)
         # visits were counted within one sender: move them behind the rows of the senders before
         starts = torch.tensor([sum(receive[:r]) for r in range(self.ep.size)], device=device)
         offset = starts.repeat_interleave(torch.tensor(arriving, device=device)) + sum(parts[: self.etp.rank])
-        who = torch.stack([who[:, 0] + offset, who[:, 1]], dim=1)
+        who = torch.stack([pairs // self.local_experts + offset, pairs % self.local_experts], dim=1)
         counts = gather_counts(who.shape[0], self.etp, device)
         return self.etp.comm.all_gather(who, counts), gather_for_partial(weights, self.etp, counts)
 

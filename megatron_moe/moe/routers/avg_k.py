@@ -11,9 +11,10 @@ gives the tokens a gradient, and with live keys also the blocks' keys. --moe-aux
 softmax(s), counting each of the b choices and divided by b, and --moe-z-loss-coeff the z-loss of s; both are 0 in the
 paper and act on tokens only, unless keys are live.
 
-The paper's learned gate (top-b, "indirect") needs no router of its own: --moe-router-type top_k --moe-router-pre-softmax
---moe-aux-loss-coeff 0.01 --moe-token-dispatcher-type one_per_rank learns e_i in place of the means, with softmax
-weights and the same loss. Given the means as its weights it is this router with gate_weight = softmax, detached keys.
+The paper's learned gate (top-b, "indirect") needs no router of its own: --moe-router-type top_k
+--moe-router-pre-softmax --moe-aux-loss-coeff 0.01 --moe-token-dispatcher-type one_per_rank learns e_i in place of the
+means, with softmax weights and the same loss. Given the means as its weights it is this router with gate_weight =
+softmax and detached keys.
 
 Guaranteed: each non-padding token has b different blocks, equal scores by the lowest index; nothing is random. With
 b = B and weight one the layer is the dense one of width B · g. Causal: a decision reads one token only. Dropless in

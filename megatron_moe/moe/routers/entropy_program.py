@@ -30,13 +30,14 @@ def capped_wishes(
     experts = scores.shape[1]
     wishes = (scores / entropy).masked_fill(~is_token[:, None], float("-inf"))
     row_limit, column_limit = takes[:, None].expand(-1, experts), cap[:, None].expand_as(is_token)
+    widest = int(cap.max()) if len(cap) else 0
     token_price = torch.zeros_like(wishes[:, 0])
     priced, moves = wishes, torch.ones_like(takes, dtype=torch.bool)
     for _ in range(iterations):
         expert_price = _level(wishes + token_price[:, None], row_limit, most)
         # (G, T, E): what every token would be worth at these prices
         offers = (wishes + expert_price[..., None]).masked_fill(~is_token[:, None], 0.0).transpose(1, 2)
-        found = _level(offers, column_limit, experts).clamp(max=0.0)
+        found = _level(offers, column_limit, widest).clamp(max=0.0)
         # a group that is done stays as it is, whatever the others of its microbatch need
         priced = (wishes + expert_price[..., None] + found[:, None]).where(moves[:, None, None], priced)
         moves = moves & ((found - token_price).abs() > _STILL).any(dim=1)

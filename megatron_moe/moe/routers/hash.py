@@ -97,7 +97,7 @@ class HashRouter(Router):
         if self.config.num_experts % self.num_slices:
             raise ConfigError(
                 f"--num-experts {self.config.num_experts} cannot be cut into experts of {self.num_slices} slices, one "
-                f"for each hash function; use a multiple of --moe-router-topk {self.num_slices}, or --moe-router-topk 1."
+                f"for each hash function; use a multiple of {self.num_slices}, or --moe-router-topk 1."
             )
         if table == "mod" and self.num_slices > 1:
             raise ConfigError(

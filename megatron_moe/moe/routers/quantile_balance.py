@@ -1,9 +1,9 @@
 """Quantile balancing: how far each expert's scores must sink for it to be asked for as often as the others.
 
-Source: Megatron-LM's quantile balancing (its pull request 5349, qb_dual_update, as quoted by others). With S the scores,
-beta what is taken off them for the choice and alpha_t the (k+1)-th largest of token t's S - beta, the next beta_e is the
-value that k / E of the tokens exceed in S_e - alpha. Megatron takes it over a microbatch and means over these; here it
-is taken over a routing group and means over the step's groups, so that no layout changes it.
+Source: Megatron-LM's quantile balancing (its pull request 5349, qb_dual_update), read as quoted by others. With S the
+scores, beta what is taken off them for the choice and alpha_t the (k+1)-th largest of token t's S - beta, the next
+beta_e is the value that k / E of the tokens exceed in S_e - alpha. Megatron takes it over a microbatch and means over
+these; here it is taken over a routing group and means over the step's groups, so that no layout changes it.
 """
 
 import torch

@@ -187,13 +187,13 @@ class SAMRouter(Router):
         T_g: the routing group's tokens that chose g, on all ranks; f_e, P_e: the part of them that chose e, and the
         mean of their scores for it.   inner_scores: (T, W) wide.   group_ids: (T, 1).   expert_ids: (T, K).
         """
-        axis = self.group_axis
+        axis, dtype = self.group_axis, inner_scores.dtype
         chosen = choice_counts(expert_ids, info, num_experts=self.config.num_experts, group_axis=axis)
-        arrived = choice_counts(group_ids, info, num_experts=self.groups, group_axis=axis)
-        fraction = chosen.unflatten(1, (self.groups, self.width)) / arrived.clamp(min=1)[:, :, None]
+        arrived = choice_counts(group_ids, info, num_experts=self.groups, group_axis=axis).clamp(min=1)
+        fraction = chosen.unflatten(1, (self.groups, self.width)).to(dtype) / arrived.to(dtype)[:, :, None]
         # T_g/T · P_e is a sum over tokens divided by T: no mean has to be exchanged
-        tokens = info.group_tokens.clamp(min=1)[:, None, None]
-        slope: Tensor = (self.width * fraction.to(inner_scores.dtype) / tokens)[info.groups, group_ids[:, 0]]
+        tokens = info.group_tokens.clamp(min=1).to(dtype)[:, None, None]
+        slope: Tensor = (self.width * fraction / tokens)[info.groups, group_ids[:, 0]]
         return (inner_scores * slope.masked_fill(info.is_padding[:, None], 0.0)).sum()
 
 
@@ -262,6 +262,15 @@ def _check_hierarchical(config: MoEConfig, options: SAMOptions, groups: int) -> 
             f"--moe-router-options mode=hierarchical groups={groups}: with one {kind} to choose, the choice has no "
             f"gradient; use mode=flat, or another number of groups."
         )
+    if config.router_topk == config.num_experts // groups:
+        for name in ("renormalise", "expert_balance_coeff"):
+            value = getattr(options, name)
+            if value:
+                raise ConfigError(
+                    f"--moe-router-options {name}={str(value).lower()} has no effect with mode=hierarchical and "
+                    f"--moe-router-topk {config.router_topk}, which takes all experts of a group; leave it out, or use "
+                    f"fewer groups."
+                )
     if options.renormalise and config.router_topk == 1:
         raise ConfigError(
             "--moe-router-options renormalise=true mode=hierarchical with --moe-router-topk 1 leaves the router within "

@@ -42,8 +42,9 @@ def column_scales(logits: Tensor, is_token: Tensor, *, temperature: float, toler
     """
     # a row's largest is taken out, for a makes up for any factor of a row, and exp must not overflow
     kernel = (logits / temperature - logits.amax(dim=2, keepdim=True) / temperature).exp()
-    kernel = kernel.where(is_token[..., None] & logits.isfinite().all(dim=2, keepdim=True), 0.0)
-    row_sum = 1.0 / is_token.sum(dim=1, keepdim=True).clamp(min=1)
+    present = is_token & logits.isfinite().all(dim=2)
+    kernel = kernel.where(present[..., None], 0.0)
+    row_sum = 1.0 / present.sum(dim=1, keepdim=True).clamp(min=1)
     scale = torch.ones_like(kernel[:, 0])
     moves = torch.ones_like(scale[:, :1], dtype=torch.bool)
     for _ in range(iterations):

@@ -9,10 +9,13 @@ from torch import Tensor, nn
 
 from megatron_moe.config.moe import MoEConfig
 from megatron_moe.config.parallel import ParallelConfig
+from megatron_moe.layers.context import ForwardContext
 from megatron_moe.moe.facts import Facts
 from megatron_moe.moe.plan import RoutingReport, TokenInfo
 from megatron_moe.moe.routers.router import NoOptions
-from megatron_moe.moe.sparse_layer import SparseLayer
+from megatron_moe.moe.sparse_layer import Routed, SparseLayer
+from megatron_moe.moe.token_info import token_info
+from megatron_moe.parallel.collectives import gather_from, split_to
 from megatron_moe.parallel.layout import Init, ParamLayout, new_parameter
 from megatron_moe.parallel.state import ParallelState
 
@@ -33,6 +36,23 @@ class LayerSite:
     @property
     def wide(self) -> torch.dtype:
         return torch.promote_types(self.dtype, torch.float32)
+
+
+# what only a layer that sends tokens to experts reads
+ROUTED_ONLY = (
+    *("router_pre_softmax", "aux_loss_coeff", "z_loss_coeff", "expert_bias", "expert_dropout"),
+    *("expert_capacity_factor", "eval_capacity_factor", "token_drop_policy", "capacity_includes_k"),
+    *("capacity_rounding", "min_capacity", "slot_priority"),
+    *("shared_expert_intermediate_size", "shared_expert_gate"),
+)
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """The answers to this rank's tokens, (T, H), and what there is to report."""
+
+    answers: Tensor
+    report: RoutingReport
 
 
 class UnroutedLayer(SparseLayer):
@@ -67,10 +87,26 @@ class UnroutedLayer(SparseLayer):
     def setup(self) -> None:
         """Check the options and make the parameters."""
 
+    def forward(self, hidden: Tensor, ctx: ForwardContext) -> Routed:
+        rows = hidden if ctx.sequence_parallel else split_to(hidden, self.tp)
+        info = token_info(ctx, self.tp, self.index, self.config.routing_group_samples)
+        mixed = self.mix(rows.flatten(0, 1), info, ctx)
+        out = mixed.answers.masked_fill(info.is_padding[:, None], 0.0).view(rows.shape)
+        if not ctx.sequence_parallel:
+            out = gather_from(out, self.tp, ctx.view.num_rows)
+        return Routed(out, mixed.report)
+
+    @abstractmethod
+    def mix(self, tokens: Tensor, info: TokenInfo, ctx: ForwardContext) -> Mixed:
+        """tokens: (T, H), this rank's rows, position-major: (rows, samples, H) flattened."""
+
     def new_weight(self, shape: tuple[int, ...], std: float) -> nn.Parameter:
         """A replicated wide parameter, as a router's: each tensor-parallel rank sees other tokens."""
-        layout = ParamLayout(shape, sum_over=("tp",), init=Init(std=std))
-        return new_parameter(layout, dtype=self.site.wide)
+        return self.new_parameter(shape, Init(std=std))
+
+    def new_parameter(self, shape: tuple[int, ...], init: Init) -> nn.Parameter:
+        """The same with other first values."""
+        return new_parameter(ParamLayout(shape, sum_over=("tp",), init=init), dtype=self.site.wide)
 
     def new_state(self, name: str, value: Tensor) -> None:
         """Remember `value` as self.name: the same on all ranks, no gradient, saved and loaded with the weights."""

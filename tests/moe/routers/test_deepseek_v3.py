@@ -15,6 +15,8 @@ from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.moe import MoEConfig
 from megatron_moe.moe.methods import build_router
 from megatron_moe.moe.routers.router import Router, Site
+from megatron_moe.parallel.collectives import sum_over
+from megatron_moe.parallel.state import Axis
 
 LOGITS = [1.0, -0.5, 0.2, 0.8, -1.0, 1.5, 0.1, 0.0]
 BIAS = [0.0, 0.0, 0.0, 0.05, 0.0, -0.30, 0.10, 0.0]
@@ -262,26 +264,33 @@ def test_quantiles_of_tokens_that_stand_still_make_the_loads_even() -> None:
     assert int(load.max() - load.min()) <= 4
 
 
-def bias_on_rank(rank: int, world_size: int) -> list[float]:
-    """The bias after a step in which this rank held every fourth token, and all ranks' loads were summed."""
-    axis = tp_state(rank, world_size).tp_cp
-    router = make_router(deepseek_v3(bias_update_rate="0.01"), 6, axis=axis)
+EACH_RULE = ({"bias_update_rate": "0.01"}, {"balance": "quantile"})
+
+
+def after_a_step(axis: Axis, rows: Tensor, options: dict[str, str]) -> tuple[list[float], float]:
+    """The bias after a step in which this rank held these rows of 21; how many groups spoke for a quantile."""
+    router = make_router(deepseek_v3(**options), 6, axis=axis)
     tokens = torch.randn(21, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
-    rows = torch.arange(21)[rank::world_size]
-    load = router(tokens[rows], rows_of(token_info(7, 3), rows)).tokens_per_expert().double()
-    router.after_step({"requested": axis.comm.all_reduce_(load)}, {})
-    found: list[float] = router.get_buffer("expert_bias").tolist()
-    return found
+    plan = router(tokens[rows], rows_of(token_info(7, 3), rows))
+    stats = {"requested": plan.tokens_per_expert(), **plan.stats}
+    summed = {name: sum_over(value.double(), axis) for name, value in sorted(stats.items())}
+    router.after_step(summed, {})
+    return router.get_buffer("expert_bias").tolist(), summed.get("quantile_groups", torch.zeros(())).item()
+
+
+def biases_on_rank(rank: int, world_size: int) -> list[tuple[list[float], float]]:
+    axis = tp_state(rank, world_size).tp_cp
+    return [after_a_step(axis, torch.arange(21)[rank::world_size], options) for options in EACH_RULE]
 
 
 def test_ranks_that_share_the_tokens_move_the_biases_alike() -> None:
-    router = make_router(deepseek_v3(bias_update_rate="0.01"), 6)
-    tokens = torch.randn(21, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
-    plan = router(tokens, token_info(7, 3))
-    router.after_step({"requested": plan.tokens_per_expert().double()}, {})
-    alone = router.get_buffer("expert_bias").tolist()
-    assert any(alone)
-    assert run_on_ranks(4, bias_on_rank) == [alone] * 4
+    alone = [after_a_step(NOBODY, torch.arange(21), options) for options in EACH_RULE]
+    assert all(any(bias) for bias, _ in alone)
+    assert [groups for _, groups in alone] == [0, 3]
+    for answer in run_on_ranks(4, biases_on_rank):
+        for (bias, groups), (expected, spoke) in zip(answer, alone, strict=True):
+            assert bias == pytest.approx(expected, rel=1e-12)
+            assert groups == spoke
 
 
 def trained_biases(world_size: int, parallel: dict[str, Any], micro_batch: int) -> dict[str, list[float]]:

@@ -94,16 +94,15 @@ def test_the_worked_token_in_two_steps() -> None:
     assert shares(plan)["expert_balance_loss"] == pytest.approx(2.0)
     lse = [math.log(sum(map(math.exp, part))) for part in (WORKED_GROUPS, [1.9, 0.4])]
     assert shares(plan)["z_loss"] == pytest.approx(lse[0] ** 2 + lse[1] ** 2)
-    joint = [
-        q * r for q, pair in zip(softmax(WORKED_GROUPS), ([2.0, 0.5], [1.9, 0.4], [1.2, 1.1])) for r in softmax(pair)
-    ]
+    experts = ([2.0, 0.5], [1.9, 0.4], [1.2, 1.1])
+    joint = [q * r for q, pair in zip(softmax(WORKED_GROUPS), experts, strict=True) for r in softmax(pair)]
     assert plan.stats["confidence_sum"].item() == pytest.approx(max(joint))
     assert plan.stats["entropy_sum"].item() == pytest.approx(-sum(p * math.log(p) for p in joint))
 
 
 @pytest.mark.parametrize("mode", ["flat", "hierarchical"])
 @pytest.mark.parametrize("renormalise", [False, True])
-@pytest.mark.parametrize(("experts", "groups", "choices"), [(6, 3, 2), (8, 2, 3), (12, 3, 4), (12, 4, 2)])
+@pytest.mark.parametrize(("experts", "groups", "choices"), [(9, 3, 2), (8, 2, 3), (12, 3, 3), (12, 4, 2)])
 def test_sam_equals_the_loop(mode: str, renormalise: bool, experts: int, groups: int, choices: int) -> None:
     options = {"mode": mode, "renormalise": str(renormalise).lower()}
     router = identity_router(sam_config(experts, groups, choices, options))
@@ -249,27 +248,31 @@ def test_balance_within_groups_is_the_number_of_choices_when_scores_are_even() -
     assert set(off(tokens, info).aux_losses) == {"load_balance_loss"}
 
 
-@pytest.mark.parametrize("mode", ["flat", "hierarchical"])
-@pytest.mark.parametrize(("policy", "kept"), [("position", {0, 1}), ("probs", {2, 1}), ("bpr", {3, 1})])
-def test_a_group_serves_tokens_whole(mode: str, policy: str, kept: set[int]) -> None:
-    # all go to group 0 of two, which has places for two of the four tokens
-    first = (
-        [[1.0, 0.9], [1.5, 1.4], [4.0, -9.0], [2.0, 2.0]]
-        if mode == "flat"
-        else [[1.0, 1.0], [3.0, 0.0], [9.0, 0.0], [1.0, 1.0]]
-    )
-    group = [[0.2, 0.0], [1.0, 0.0], [0.9, 0.0], [1.1, 0.0]]
-    rows = [
-        [*pair, 0.0, 0.0, *(scores if mode == "hierarchical" else [])]
-        for pair, scores in zip(first, group, strict=True)
-    ]
-    if mode == "flat":
-        # the largest sum of scores of the group, without the largest single one
-        rows[2][2:], rows[3][2:], rows[1][2:], rows[0][2:] = [3.0, 1.0], [-1.0, -1.0], [-0.2, 0.0], [0.5, 0.5]
+# four tokens for the first of two groups; the largest weights (2, 3) are not those surest of their group (3, 1)
+FLAT = [[1.0, 0.9, 0.5, 0.5], [1.5, 1.4, -0.2, 0.0], [4.0, -9.0, 3.0, 1.0], [2.0, 2.0, -1.0, -1.0]]
+IN_TWO_STEPS = [
+    *([1.0, 1.0, 0.0, 0.0, 0.2, 0.0], [3.0, 0.0, 0.0, 0.0, 1.0, 0.0]),
+    *([9.0, 0.0, 0.0, 0.0, 0.9, 0.0], [1.0, 1.0, 0.0, 0.0, 1.1, 0.0]),
+]
+
+
+@pytest.mark.parametrize(
+    ("mode", "rows", "policy", "kept"),
+    [
+        ("flat", FLAT, "position", {0, 1}),
+        ("flat", FLAT, "probs", {2, 3}),
+        ("flat", FLAT, "bpr", {3, 1}),
+        ("hierarchical", IN_TWO_STEPS, "position", {0, 1}),
+        ("hierarchical", IN_TWO_STEPS, "probs", {2, 1}),
+        ("hierarchical", IN_TWO_STEPS, "bpr", {3, 1}),
+    ],
+)
+def test_a_group_serves_whole_tokens(mode: str, rows: list[list[float]], policy: str, kept: set[int]) -> None:
     config = sam_config(4, 2, 2, {"mode": mode}, expert_capacity_factor=1.0, token_drop_policy=policy)
     info = token_info(4)
     plan = identity_router(config)(torch.tensor(rows).double(), info)
     assert set(plan.expert_ids.tolist()) == {0, 1}
+    # two places for the four tokens
     limited = make_limit(config, 2, NOBODY, 2)(plan, info)
     assert pairs(limited) == {(token, expert) for token in kept for expert in (0, 1)}
 
@@ -329,12 +332,23 @@ def test_equal_scores_go_to_the_first_group_and_its_first_experts() -> None:
             {"router_options": {"groups": "2", "expert_balance_coeff": "0.1"}},
             r"expert_balance_coeff=0.1 has no effect with mode=flat",
         ),
+        (
+            {"router_options": {"groups": "4", "mode": "hierarchical", "renormalise": "true"}},
+            r"renormalise=true has no effect .* takes all experts of a group",
+        ),
+        (
+            {"router_options": {"groups": "4", "mode": "hierarchical", "expert_balance_coeff": "0.1"}},
+            r"expert_balance_coeff=0.1 has no effect .* use fewer groups",
+        ),
         ({"router_options": {"groups": "1", "mode": "hierarchical"}}, r"with one group to choose"),
         (
             {"router_topk": 1, "router_options": {"groups": "8", "mode": "hierarchical"}},
             r"with one expert in each group to choose",
         ),
-        ({"slot_priority": "k_major", "router_options": {"groups": "2"}}, r"k_major has no effect with the router sam"),
+        (
+            {"slot_priority": "k_major", "router_options": {"groups": "2"}},
+            r"k_major\" has no effect with the router sam",
+        ),
         ({"capacity_includes_k": False, "router_options": {"groups": "2"}}, r"no effect with the router sam"),
         ({"router_pre_softmax": True, "router_options": {"groups": "2"}}, r"no effect with the router sam"),
     ],

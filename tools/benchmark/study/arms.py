@@ -34,9 +34,9 @@ def main_arms(size: Size) -> list[Arm]:
         "st_moe": sparse("st_moe", half, z_loss_coeff=0.001, **BALANCE),
         "noisy_top_k": sparse("noisy_top_k", half),
         "m6_t": sparse("m6_t", half, router_topk=2, **BALANCE),
-        "sam": sparse("sam", half, router_topk=2, router_options={"groups": "2"}, **BALANCE),
+        "sam": sparse("sam", half, router_topk=2, router_options={"groups": "4"}, **BALANCE),
         "sam hierarchical": sparse(
-            "sam", half, router_topk=2, router_options={"groups": "2", "mode": "hierarchical"}, **BALANCE
+            "sam", half, router_topk=2, router_options={"groups": "4", "mode": "hierarchical"}, **BALANCE
         ),
         "deepseek": sparse("deepseek", half, router_topk=2, **BALANCE),
         "deepseek_v3": sparse("deepseek_v3", half, router_topk=2),

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import megatron_moe
 from megatron_moe.config.run import RunConfig
@@ -22,7 +23,6 @@ from megatron_moe.moe.methods import deciding_part
 from megatron_moe.moe.plan import RoutingPlan
 from megatron_moe.parallel.state import ParallelState
 from megatron_moe.training.engine import Engine
-from megatron_moe.training.flops import flops_per_token
 from megatron_moe.training.metrics import summarise_routing
 from tools.benchmark.study.text import VOCAB, Text, training_batch, trial_batches
 
@@ -131,10 +131,19 @@ def run(arm: Arm, size: Size, seed: int, text: Text) -> dict[str, Any]:
         "unserved_rate": routing.unserved_rate if routing else None,
         "seconds_per_step": statistics.median(seconds),
         "rows_per_token": _travelling_rows(engine, valid[0]),
-        "flops_per_token": flops_per_token(config, VOCAB) * engine.objective.num_passes,
+        "flops_per_token": _flops_per_token(engine, size, valid[0]) * engine.objective.num_passes,
         "parameters": sum(p.numel() for module in engine.modules for p in module.parameters()),
         "router_moved": _moved(first, deciding),
     }
+
+
+def _flops_per_token(engine: Engine, size: Size, batch: Batch) -> float:
+    """Of a training step: three times the matrix products of a forward pass, the router's among them."""
+    with FlopCounterMode(display=False) as counter:
+        engine.evaluate([batch])
+    # scores and values of attention, half of them for it is causal, which the counter does not see
+    attention = 2 * size.length * size.hidden * size.layers
+    return 3.0 * (float(counter.get_total_flops()) / (size.samples * size.length) + attention)
 
 
 def _loss(engine: Engine, batches: list[Batch]) -> float:
