@@ -82,9 +82,13 @@ def rows_of(info: TokenInfo, rows: Tensor) -> TokenInfo:
 def make_router(
     config: MoEConfig, hidden_size: int, *, axis: Axis = NOBODY, dtype: torch.dtype = torch.float64
 ) -> Router:
-    """A router with its first weights, the same on every rank."""
+    """A router with its first weights, the same on every rank; a matrix of zeros, which would hide faults, is drawn."""
     router = build_router(config, hidden_size, Site(axis, dtype, 0.5, vocab_size=VOCAB))
     materialise(router, ParallelState.alone(), 7, torch.device("cpu"))
+    with torch.no_grad():
+        for name, parameter in router.named_parameters():
+            if parameter.dim() > 1 and not parameter.any():
+                parameter.normal_(std=0.5, generator=torch.Generator().manual_seed(len(name)))
     return router
 
 

@@ -15,7 +15,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +26,12 @@ from megatron_moe.config.errors import ConfigError, MegatronMoEError
 from megatron_moe.config.moe import MoEConfig
 from megatron_moe.config.options import settings_of
 from megatron_moe.config.values import parse as parse_value
-from megatron_moe.report.router_list import example_config
+from megatron_moe.report.router_list import example_fields
 
 
 def moe_fields(router: str, more: Sequence[str]) -> dict[str, Any]:
-    """[moe] of the router's own example, with both losses where it has them, and what was given as name=value."""
-    example = example_config(router)
-    default = MoEConfig(num_experts=4)
-    found = {
-        field.name: getattr(example, field.name)
-        for field in fields(MoEConfig)
-        if getattr(example, field.name) != getattr(default, field.name)
-    }
+    """[moe] of the router's own example, and what was given as name=value."""
+    found = example_fields(router)
     known = settings_of(MoEConfig)
     for pair in more:
         name, equals, text = pair.partition("=")

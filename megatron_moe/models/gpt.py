@@ -9,7 +9,8 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from megatron_moe.layers.context import ForwardContext
 from megatron_moe.layers.embedding import VocabularyEmbedding, VocabularyHead, project_to_vocabulary
 from megatron_moe.layers.norm import Norm
-from megatron_moe.models.transformer import LayerSpec, TransformerLayer
+from megatron_moe.models.depth import build_block
+from megatron_moe.models.transformer import LayerSpec
 from megatron_moe.moe.plan import RoutingReport
 from megatron_moe.moe.sparse_layer import SparseLayer
 from megatron_moe.parallel.collectives import shares
@@ -54,7 +55,7 @@ class GPTStage(nn.Module):
             self.embedding = VocabularyEmbedding(
                 spec.padded_vocab_size, spec.hidden_size, state.tp, std=spec.init_std, tied=spec.tied, dtype=spec.dtype
             )
-        self.layers = nn.ModuleDict({str(index): TransformerLayer(spec.layers[index], state) for index in layer_range})
+        self.layers = nn.ModuleDict({str(index): build_block(spec.layers[index], state) for index in layer_range})
         if last:
             partial = spec.sequence_parallel
             self.final_norm = Norm(
@@ -96,4 +97,5 @@ class GPTStage(nn.Module):
 
     def moe_layers(self) -> dict[int, SparseLayer]:
         """The sparse layers of this stage by global index."""
-        return {int(index): layer.mlp for index, layer in self.layers.items() if isinstance(layer.mlp, SparseLayer)}
+        found = {int(index): layer.sparse for index, layer in self.layers.items()}
+        return {index: sparse for index, sparse in found.items() if isinstance(sparse, SparseLayer)}

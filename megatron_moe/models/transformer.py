@@ -60,11 +60,15 @@ def build_sparse(spec: LayerSpec, moe: MoEConfig, state: ParallelState) -> Spars
     return build_unrouted(moe, site)
 
 
+def router_site(spec: LayerSpec, state: ParallelState) -> Site:
+    """Where the router of a spec's layer stands."""
+    return Site(state.tp_cp, spec.wide, spec.attention.init_std, spec.index, spec.vocab_size, spec.seed)
+
+
 def build_moe(spec: LayerSpec, moe: MoEConfig, state: ParallelState) -> MoELayer:
     """Router, limit, dispatcher, experts."""
     shape = spec.attention
-    site = Site(state.tp_cp, spec.wide, shape.init_std, spec.index, spec.vocab_size, spec.seed)
-    router = build_router(moe, shape.hidden_size, site)
+    router = build_router(moe, shape.hidden_size, router_site(spec, state))
     experts = Experts(
         moe.num_experts,
         shape.hidden_size,
@@ -152,6 +156,11 @@ class TransformerLayer(nn.Module):
             self.mlp = build_mlp(spec, state)
         if self.extra_place != "none":
             self.extra_ffn = ExtraFFN(spec, state)
+
+    @property
+    def sparse(self) -> SparseLayer | None:
+        """The sparse layer of this block, where it has one."""
+        return self.mlp if isinstance(self.mlp, SparseLayer) else None
 
     def forward(self, hidden: Tensor, ctx: ForwardContext) -> tuple[Tensor, RoutingReport | None]:
         hidden = hidden + self.attention(self.attention_norm(hidden), ctx)

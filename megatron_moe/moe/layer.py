@@ -59,6 +59,10 @@ class MoELayer(SparseLayer):
         self.tp = tp
         self.group_samples = group_samples
 
+    @property
+    def decider(self) -> Router:
+        return self.router
+
     def forward(self, hidden: Tensor, ctx: ForwardContext) -> Routed:
         rows = hidden if ctx.sequence_parallel else split_to(hidden, self.tp)
         tokens = rows.flatten(0, 1)

@@ -11,7 +11,6 @@ from megatron_moe.config.hints import did_you_mean
 from megatron_moe.config.moe import MoEConfig
 from megatron_moe.config.options import settings_of
 from megatron_moe.config.values import written
-from megatron_moe.moe.layer import MoELayer
 from megatron_moe.moe.routers.options import parse_options
 from megatron_moe.moe.routers.registry import ROUTERS
 from megatron_moe.moe.routers.router import Router, Site
@@ -59,10 +58,9 @@ def find_method(router_type: str) -> Method:
 
 def deciding_part(layer: SparseLayer) -> Router | UnroutedLayer:
     """Who decides in a sparse layer: its router, or the layer itself."""
-    if isinstance(layer, MoELayer):
-        return layer.router
-    assert isinstance(layer, UnroutedLayer)
-    return layer
+    found = layer.decider
+    assert isinstance(found, BASES)
+    return found
 
 
 def refuse_unused(router: Method, config: MoEConfig) -> None:

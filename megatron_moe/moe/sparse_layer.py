@@ -22,6 +22,11 @@ class SparseLayer(nn.Module, ABC):
 
     index: int  # global
 
+    @property
+    @abstractmethod
+    def decider(self) -> nn.Module:
+        """Who decides: the router, or the layer itself where it has none."""
+
     @abstractmethod
     def forward(self, hidden: Tensor, ctx: ForwardContext) -> Routed:
         """(S/(cp·tp), B, H) under sequence parallelism, else (S/cp, B, H); the same shape back."""

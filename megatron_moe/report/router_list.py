@@ -9,7 +9,8 @@ import torch
 from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.moe import MoEConfig
 from megatron_moe.layers.attention import AttentionShape
-from megatron_moe.models.transformer import LayerSpec, build_sparse
+from megatron_moe.models.depth import build_block
+from megatron_moe.models.transformer import LayerSpec
 from megatron_moe.moe.methods import METHODS, deciding_part, find_method
 from megatron_moe.moe.sparse_layer import SparseLayer
 from megatron_moe.parallel.state import ParallelState
@@ -39,10 +40,14 @@ class RouterLine:
 
 def example_config(name: str) -> MoEConfig:
     """A small model's [moe] with this way of routing."""
-    method = find_method(name)
-    fields = {} if method.facts is None else dict(method.facts.example)
-    fixed = {"num_experts": EXPERTS, "ffn_hidden_size": INNER, "layer_freq": "2", "allow_noncausal": True}
-    return MoEConfig(**{**fixed, "router_type": name, **fields})
+    fixed = {"num_experts": EXPERTS, "ffn_hidden_size": INNER, "layer_freq": "2"}
+    return MoEConfig(**{**fixed, **example_fields(name)})
+
+
+def example_fields(name: str) -> dict[str, Any]:
+    """What such a [moe] needs for this way of routing, beside four experts and their width."""
+    facts = find_method(name).facts
+    return {"router_type": name, "allow_noncausal": True, **({} if facts is None else facts.example)}
 
 
 def router_line(name: str) -> RouterLine:
@@ -88,4 +93,6 @@ def _small_layer(moe: MoEConfig) -> SparseLayer:
         output_std=0.02,
     )
     spec = LayerSpec(1, shape, "RMSNorm", INNER, "swiglu", moe, torch.float32, False, vocab_size=53)
-    return build_sparse(spec, moe, ParallelState.alone())
+    sparse = build_block(spec, ParallelState.alone()).sparse
+    assert sparse is not None
+    return sparse

@@ -2,6 +2,7 @@
 
 from megatron_moe.config.run import RunConfig
 from megatron_moe.moe.methods import find_method
+from megatron_moe.moe.routers.options import parse_options
 
 # bf16 dense peaks of the data sheets, by what the device's name contains; the first match counts
 PEAKS = {
@@ -32,12 +33,18 @@ def flops_per_token(config: RunConfig, vocab_size: int) -> float:
     scores = 2 * config.data.seq_length * query  # causal half of 4 s n_h d_h
     dense = _per_width(model.activation) * hidden * model.ffn_size
     # the router's own number: Switch sends a token to one expert whatever --moe-router-topk says
-    choices = find_method(moe.router_type).choices(moe) if moe.num_experts else 0
+    method = find_method(moe.router_type)
+    choices = method.choices(moe) if moe.num_experts else 0
     sparse = _per_width(moe.activation or model.activation) * hidden * choices * moe.expert_ffn_size(model.ffn_size)
     sparse += _per_width(model.activation) * hidden * (moe.shared_expert_intermediate_size or 0)
     sparse += dense if moe.extra_ffn != "none" else 0
     pattern = moe.moe_layers(model.num_layers)
-    layers = sum(projections + scores + (sparse if is_sparse else dense) for is_sparse in pattern)
+    sparse_layer = float(projections + scores + sparse)
+    if moe.num_experts and getattr(method, "wraps_block", False):
+        # a block that works for some tokens, whose keys are those tokens
+        share = float(parse_options(method.Options, moe).capacity)
+        sparse_layer = share * (projections + share * scores + dense)
+    layers = sum(sparse_layer if is_sparse else projections + scores + dense for is_sparse in pattern)
     return 3.0 * (layers + 2 * hidden * vocab_size)
 
 

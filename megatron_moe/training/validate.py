@@ -3,9 +3,12 @@
 from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.run import RunConfig
 from megatron_moe.models.build import gpt_spec
-from megatron_moe.models.transformer import LayerSpec, build_sparse
+from megatron_moe.models.depth import build_block
+from megatron_moe.models.transformer import LayerSpec
 from megatron_moe.moe.capacity import limit_is_causal
 from megatron_moe.moe.methods import deciding_part, find_method
+from megatron_moe.moe.routers.router import Router
+from megatron_moe.moe.unrouted.unrouted_layer import UnroutedLayer
 from megatron_moe.parallel.state import ParallelState
 
 
@@ -25,7 +28,7 @@ def _check_layer(spec: LayerSpec, config: RunConfig) -> list[str]:
     moe = spec.moe
     method = find_method(moe.router_type)
     method.check_layout(config.parallel)
-    method_here = deciding_part(build_sparse(spec, moe, ParallelState.alone()))
+    method_here = _decider(spec)
     if moe.consistency_coeff is not None and not method_here.is_random:
         raise ConfigError(
             f"--moe-consistency-coeff {moe.consistency_coeff:g} has no effect with the router {moe.router_type}, which "
@@ -45,3 +48,10 @@ def _check_layer(spec: LayerSpec, config: RunConfig) -> list[str]:
             f"--moe-allow-noncausal to train a model that leaks."
         )
     return [f"{problem} sees later tokens: losses of this model are not comparable to those of causal ones"]
+
+
+def _decider(spec: LayerSpec) -> Router | UnroutedLayer:
+    """Who decides in a layer of that spec."""
+    sparse = build_block(spec, ParallelState.alone()).sparse
+    assert sparse is not None
+    return deciding_part(sparse)

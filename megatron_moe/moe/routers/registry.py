@@ -11,6 +11,7 @@ from megatron_moe.moe.routers.expert_choice_threshold import ExpertChoiceThresho
 from megatron_moe.moe.routers.gshard import GShardRouter
 from megatron_moe.moe.routers.hash import HashRouter
 from megatron_moe.moe.routers.m6_t import M6TRouter
+from megatron_moe.moe.routers.mixture_of_depths import MixtureOfDepthsRouter
 from megatron_moe.moe.routers.noisy_top_k import NoisyTopKRouter
 from megatron_moe.moe.routers.rand_hash import RandHashRouter
 from megatron_moe.moe.routers.remoe import ReMoERouter
@@ -43,4 +44,5 @@ ROUTERS: dict[str, type[Router]] = {
     "expert_choice_position": ExpertChoicePositionRouter,
     "expert_choice_threshold": ExpertChoiceThresholdRouter,
     "ec_cap": ECCapRouter,
+    "mixture_of_depths": MixtureOfDepthsRouter,
 }

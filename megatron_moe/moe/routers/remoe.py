@@ -1,15 +1,18 @@
 """ReMoE: an expert works for every token whose logit is positive, weighted by that logit; there is no softmax.
 
-Source: Wang et al., arXiv:2412.14711, sections 3.2 to 3.5: g = ReLU(x W); the regulariser Σ_e f_e · mean_t g_te with
-f_e = E/(k·T) · count_e; its coefficient, which starts at 1e-8 and is multiplied by 1.2 after each step in which the
-share of zeros was below 1 - k/E, and divided by it when it was above. From public code (thu-ml/ReMoE, router.py): the
-layers' terms are added up, which the coefficient makes up for. This project's reading: f and the mean are those of a
-routing group; the share of zeros is counted over all layers and the whole global batch; a token without an active
-expert passes through the residual only.
+Source: Wang et al., arXiv:2412.14711, sections 3.2 to 3.5. g = ReLU(x W), as many experts as are positive; the
+regulariser Σ_e f_e · mean_t g_te with f_e = E/(k·T) · count_e, which is Switch's balance loss in form; its coefficient
+starts at 1e-8 and after each step is multiplied by 1.2 if the share of zeros was below 1 - k/E, divided by 1.2 if it
+was above. The paper averages the layers' terms (--moe-aux-layer-reduction mean), its code adds them up (thu-ml/ReMoE,
+router.py; the default here): the coefficient makes up for the difference. This project's reading: f and the mean are
+those of a routing group; the share of zeros is that of all layers and of the step's whole global batch, counted
+without rounding and before any capacity, padding left out; the coefficient stays where a float can hold it, for one
+that has become 0 would never rise again; there is no z-loss, for there is no softmax.
 
-Guaranteed: differentiable everywhere but at zero; k experts for a token on average once the coefficient has settled
-(about 100 steps, in the first of which nearly E/2 are active and memory is needed for them). Dropless in the paper.
-Causal: a decision reads one token only, and the coefficient what earlier steps counted.
+Guaranteed: answers that do not jump where an expert becomes active; k experts for a token on average once the
+coefficient has settled (about 100 steps, in the first of which nearly E/2 are active and memory is needed for them). A
+token without an active expert passes through the residual only. All layers and ranks hold the same coefficient.
+Dropless in the paper. Causal: a decision reads one token only, and the coefficient what earlier steps counted.
 """
 
 from dataclasses import dataclass
@@ -35,7 +38,7 @@ class ReMoEOptions:
 
 
 class ReMoERouter(Router):
-    """See the file's first lines. State: `coefficient` (), the same in all layers."""
+    """See the file's first lines. State: `coefficient` () wide, of the regulariser, the same in all layers."""
 
     Options = ReMoEOptions
     is_causal = True
@@ -49,7 +52,12 @@ class ReMoERouter(Router):
         losses=("regulariser, its coefficient adaptive",),
         good_for="routing that is differentiable throughout, with more experts for harder tokens",
     )
-    unused_fields: ClassVar[tuple[str, ...]] = ("router_pre_softmax", "aux_loss_coeff", "z_loss_coeff")
+    unused_fields: ClassVar[tuple[str, ...]] = (
+        "router_pre_softmax",
+        "aux_loss_coeff",
+        "z_loss_coeff",
+        "slot_priority",  # the experts of a token are not ranked
+    )
     options: ReMoEOptions
     coefficient: Tensor
 
@@ -59,29 +67,25 @@ class ReMoERouter(Router):
 
     @classmethod
     def choices(cls, config: MoEConfig) -> int:
-        """Assignments of one token on average."""
+        """Assignments of one token, on average."""
         return config.router_topk
 
     def forward(self, tokens: Tensor, info: TokenInfo) -> RoutingPlan:
         """tokens: (T, H).  N = T · E, nobody for an expert that is not active."""
         gates = self.logits(tokens).relu()
-        experts = torch.arange(self.config.num_experts, device=gates.device).expand_as(gates)
-        expert_ids = experts.masked_fill(gates <= 0, self.config.num_experts)
-        return self.plan(
-            expert_ids,
-            gates,
-            info,
-            scores=gates,
-            aux_losses=self._regulariser(gates, expert_ids, info) if info.train else {},
-        )
-
-    def _regulariser(self, gates: Tensor, expert_ids: Tensor, info: TokenInfo) -> dict[str, AuxLoss]:
-        share = load_balance_loss(gates, expert_ids, info, group_axis=self.group_axis, convention="all_choices")
-        return {"relu_regulariser": AuxLoss(share / self.config.router_topk, self.coefficient)}
+        experts = torch.arange(self.config.num_experts, device=gates.device)
+        expert_ids = torch.where(gates > 0, experts, self.config.num_experts)
+        losses = {}
+        if info.train:
+            # E Σ_e f P with all that are active counted: k times the regulariser
+            share = load_balance_loss(gates, expert_ids, info, group_axis=self.group_axis, convention="all_choices")
+            losses["relu_regulariser"] = AuxLoss(share / self.config.router_topk, self.coefficient)
+        return self.plan(expert_ids, gates, info, scores=gates, aux_losses=losses)
 
     def after_step(self, own: dict[str, Tensor], model: dict[str, Tensor]) -> None:
-        """More pressure where too many experts were active, less where too few."""
-        target = 1.0 - self.config.router_topk / self.config.num_experts
-        zeros = 1.0 - float(model["requested"].sum()) / max(1.0, float(model["tokens"]) * self.config.num_experts)
-        direction = (target > zeros) - (target < zeros)
-        self.coefficient.mul_(self.options.coeff_factor**direction)
+        """More pressure where more than k experts were active for a token, less where fewer: over all layers."""
+        # whole numbers: the sign of (1 - k/E) - share of zeros, without its rounding
+        surplus = float(model["requested"].sum()) - self.config.router_topk * float(model["tokens"])
+        direction = (surplus > 0) - (surplus < 0)
+        limits = torch.finfo(self.coefficient.dtype)
+        self.coefficient.mul_(self.options.coeff_factor**direction).clamp_(min=limits.tiny, max=limits.max)

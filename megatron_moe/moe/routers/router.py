@@ -56,6 +56,7 @@ class Router(nn.Module, ABC):
     is_causal: bool  # held to its word by the leak test; a causal decoder refuses False
     is_random: bool = False  # draws while training, so that two passes over a sample differ
     reads_expert_keys: bool = False  # wants TokenInfo.expert_keys
+    wraps_block: ClassVar[bool] = False  # its one expert is a whole block (models/depth.py)
     expert_pools: int | None = None  # runs of experts that share their places; None = each expert has its own
 
     @classmethod

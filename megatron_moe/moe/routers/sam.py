@@ -1,8 +1,8 @@
 """SAM, Switch and Mixture: a token chooses one group of experts, then mixes k experts within it.
 
 Source: Jiang et al., "Towards More Effective and Economic Sparsely-Activated Model", arXiv:2110.07431. From the paper's
-abstract: several experts on one device, one device per token, so that the bytes on the wire do not grow with k; and a
-loss for the alignment of the two steps. From public code (Hetu, layers/SAMGate.py and its kernels), mode flat:
+abstract: several experts on one device, one device per token, so that the bytes on the wire do not grow with k. From
+public code (Hetu, layers/SAMGate.py and its kernels), mode flat:
 - p = softmax over all experts; a group counts as the sum of its p; the k largest p of the best group are the weights,
   raw; a bias of the logits (option);
 - balance loss: the sum over the k choices of E · Σ_e f_e · P_e, k when balanced;

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_moe.moe.unrouted.memory import largest
 from megatron_moe.parallel.collectives import gather_counts, gather_for_partial
 from megatron_moe.parallel.state import Axis
 
@@ -15,26 +14,37 @@ class Gathered:
     """The tokens of all ranks of ep, in rank order, on each of them."""
 
     rows: Tensor  # (T', width), with gradient
-    counts: list[int]
+    counts: list[int]  # rows of each rank
     is_padding: Tensor  # (T',)
 
 
 def gather_tokens(rows: Tensor, is_padding: Tensor, ep: Axis) -> Gathered:
-    """rows: (T, width) of this rank."""
+    """rows: (T, width) of this rank.   is_padding: (T,)."""
     counts = gather_counts(rows.shape[0], ep, rows.device)
     padding = ep.comm.all_gather(is_padding.to(torch.int64), counts) > 0
     return Gathered(gather_for_partial(rows, ep, counts), counts, padding)
 
 
-def best_cells(scores: Tensor, count: int, ep: Axis) -> tuple[Tensor, Tensor]:
-    """(T', c) this rank's candidates as local cells, and whether each is among the `count` best of all ranks' cells.
+def best_cells(scores: Tensor, count: int, ep: Axis) -> Tensor:
+    """(T', cells of this rank) bool: who is among the `count` best of all ranks' cells; exactly `count` in each row.
 
-    scores: (T', cells of this rank).   Equal scores: the lowest cell. Each rank brings its own best, and all agree.
+    scores: (T', cells of this rank).   Of equal scores the lowest cells; a score that is no number comes last.
+    Each rank shows its own best, and all find the same threshold.  A full sort with ties in order costs far more.
     """
-    mine = largest(scores, min(count, scores.shape[1]))
-    width = mine.shape[1]
-    # candidates of the ranks side by side: (ep · c, T')
-    everyone = ep.comm.all_gather(scores.detach().gather(1, mine).t().contiguous(), [width] * ep.size).t()
-    order = largest(everyone, count)
-    chosen = torch.zeros_like(everyone, dtype=torch.bool).scatter_(1, order, True)
-    return mine, chosen[:, ep.rank * width : (ep.rank + 1) * width]
+    values = scores.detach().nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    width = min(count, values.shape[1])
+    mine = values.topk(width, dim=1, sorted=False).values
+    # candidates of the ranks side by side: (T', ep · width)
+    everyone = ep.comm.all_gather(mine.t().contiguous(), [width] * ep.size).t()
+    last = everyone.topk(count, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
+    left = count - (everyone > last).sum(dim=1, keepdim=True)
+    # lower cells are on earlier ranks; one that shows fewer of its equals than it has shows at least `left`
+    taken = (everyone[:, : ep.rank * width] == last).sum(dim=1, keepdim=True)
+    level = values == last
+    in_time = level.cumsum(dim=1, dtype=torch.int32) + taken <= left
+    return (values > last) | (level & in_time)
+
+
+def largest(values: Tensor, count: int) -> Tensor:
+    """Places of the largest along the last dimension, best first, of equals the first. No gradient."""
+    return values.detach().sort(dim=-1, descending=True, stable=True).indices[..., :count]

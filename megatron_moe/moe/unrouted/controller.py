@@ -2,20 +2,23 @@
 
 Source: "Sparse is Enough in Scaling Transformers", Jaszczur et al., arXiv:2111.12763, section 3.1 (sparse feed-forward
 layer): scores x C1 C2 of low rank, one cell of each block of N by their maximum, trained with Gumbel noise and a
-straight-through estimator. From memory: the noise and temperature 0.1 of the softmax behind the estimator. This
-project's reading, exactly: with s the scores of a block and n its Gumbel noise, the chosen cell is argmax(s + n) in
-training and argmax(s) in evaluation; forward the mask is that one-hot vector, backward it is softmax((s + n) /
-temperature).
+straight-through estimator. From memory: the noise, and the temperature 0.1 of the softmax behind the estimator. This
+project's reading, exactly: with s the scores of a block and n its Gumbel noise (none in evaluation), the layer answers
+Σ_blocks act(x K_c^T) V_c with c = argmax(s + n), of equals the lowest. That is Σ m_j act(x K_j^T) V_j with m the
+one-hot vector of c; backward, dm/ds is taken to be that of softmax((s + n) / temperature), and nothing else changes.
 
-Guaranteed: one cell of each block, k = d_m / N for every token: perfectly balanced over blocks. Causal: a decision
-reads one token only. No loss. Training computes all cells, because the estimator needs them; evaluation only what was
-chosen.
+Guaranteed: one cell of each block, k = d_m / N for every token: perfectly balanced over blocks. Noise is keyed by token
+and cell. Causal: a decision reads one token only. No loss. Training computes all d_m cells, because the estimator
+needs what the others would have answered; evaluation computes only the chosen ones.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.options import option
@@ -23,13 +26,16 @@ from megatron_moe.layers.context import ForwardContext
 from megatron_moe.moe.facts import Facts
 from megatron_moe.moe.plan import TokenInfo
 from megatron_moe.moe.unrouted.cell_choice import Gathered, gather_tokens
-from megatron_moe.moe.unrouted.memory import MemoryLayer, activate, largest, plain_activation
+from megatron_moe.moe.unrouted.memory import CellOptions, MemoryLayer, Reads, activate, plain_activation
 from megatron_moe.moe.unrouted.unrouted_layer import Mixed
 from megatron_moe.parallel.collectives import gather_for_partial, reduce_scatter
+from megatron_moe.parallel.random import KeyedRandom
+
+_CHUNK = 1 << 22  # elements of a temporary: key rows copied, or draws, at a time
 
 
 @dataclass(frozen=True, kw_only=True)
-class ControllerOptions:
+class ControllerOptions(CellOptions):
     """What controller alone can be told."""
 
     rank: int = option(16, "width of the controller's bottleneck", at_least=1)
@@ -54,52 +60,78 @@ class ControllerLayer(MemoryLayer):
     options: ControllerOptions
 
     def make_parameters(self) -> None:
-        hidden = self.site.hidden_size
+        rank, hidden = self.options.rank, self.site.hidden_size
         self.is_random = self.options.gumbel_noise
         self.activation = plain_activation(self.config, self.site.activation)
-        active = self.config.router_topk * self.site.ffn_size
-        self.block = self.num_cells // active
-        if self.num_cells % active or self.values.shape[0] % self.block:
+        self.block = self._block()
+        self.keys = self.new_table(hidden, self.site.init_std)
+        self.control = self.new_table(rank, float(rank**-0.5))
+        self.down = self.new_weight((rank, hidden), float(hidden**-0.5))
+
+    def _block(self) -> int:
+        """N. A block lies within the cells of one expert, and so on one rank, however many ranks there are."""
+        active = self.active_cells(self.options.active_cells, "active_cells")
+        run = self.num_cells // self.config.num_experts
+        if self.num_cells % active or run % (self.num_cells // active):
             raise ConfigError(
-                f"--num-experts {self.config.num_experts} with --moe-router-topk {self.config.router_topk} gives "
-                f"blocks of {self.num_cells / active:g} cells, which the {self.values.shape[0]} cells of each of "
-                f"--expert-model-parallel-size {self.ep.size} do not fall into; use a divisor."
+                f"--moe-router-type controller: {self.num_cells} cells with {active} active ones (--moe-router-topk x "
+                f"--moe-ffn-hidden-size, or --moe-router-options active_cells) make blocks of "
+                f"{self.num_cells / active:g}, which must be a whole number and divide the {run} cells of an expert; "
+                f"use another number of active cells."
             )
-        self.keys = self.new_table(self.num_cells, hidden, self.site.init_std)
-        self.control = self.new_table(self.num_cells, self.options.rank, self.options.rank**-0.5)
-        self.down = self.new_weight((self.options.rank, hidden), hidden**-0.5)
+        return self.num_cells // active
 
     def mix(self, tokens: Tensor, info: TokenInfo, ctx: ForwardContext) -> Mixed:
         given = gather_tokens(tokens, info.is_padding, self.ep)
         short = gather_for_partial(tokens.to(self.site.wide) @ self.down.t(), self.ep, given.counts)
         scores = (short @ self.control.to(short.dtype).t()).unflatten(1, (-1, self.block))
         if info.train and self.options.gumbel_noise:
-            scores = scores + self._gumbel(info, given.counts, scores)
-        best = largest(scores, 1)
-        cells = best.squeeze(2) + torch.arange(scores.shape[1], device=best.device) * self.block
+            keys = self.ep.comm.all_gather(info.global_keys, given.counts)
+            scores = scores + self._gumbel(info.random.at(stream="cells"), keys, scores)
+        best = scores.detach().argmax(dim=2)  # the first of equals
+        cells = best + self.first_cell + self.block * torch.arange(best.shape[1], device=best.device)
         partial = self._train(given, scores, best) if info.train else self._evaluate(given, cells)
-        answers = reduce_scatter(partial, self.ep, given.counts).to(tokens.dtype)
-        cells = cells + self.first_cell
+        answers = reduce_scatter(partial, self.ep, given.counts)
         used = self.uses(cells, ~given.is_padding[:, None].expand_as(cells))
         return Mixed(answers, self.report(info, used, {}))
 
-    def _gumbel(self, info: TokenInfo, counts: list[int], scores: Tensor) -> Tensor:
-        """(T', blocks, N) keyed by token and cell, wherever the cell is."""
-        keys = self.ep.comm.all_gather(info.global_keys, counts)
-        draws = info.random.at(stream="cells").uniform_rows(keys, self.num_cells)
-        mine = draws[:, self.first_cell : self.first_cell + self.values.shape[0]]
-        return -(-mine.log()).log().to(scores.dtype).view(scores.shape)
-
-    def _inner(self, given: Gathered) -> Tensor:
-        """(T', cells of this rank): what every cell would answer with."""
-        return activate(self.activation, given.rows @ self.keys.to(given.rows.dtype).t())
+    def _gumbel(self, random: KeyedRandom, keys: Tensor, scores: Tensor) -> Tensor:
+        """(T', blocks, N) by token and cell, wherever the cell is.   keys: (T',)."""
+        cells = self.first_cell + torch.arange(self.values.shape[0], device=keys.device)
+        # as KeyedRandom.uniform_rows, but for this rank's columns only
+        by_token = random.bits(keys).split(max(1, _CHUNK // len(cells)))
+        noise = [-(-random.uniform(part[:, None] + cells).log()).log().to(scores.dtype) for part in by_token]
+        return torch.cat(noise).view(scores.shape)
 
     def _train(self, given: Gathered, scores: Tensor, best: Tensor) -> Tensor:
-        soft = (scores / self.options.temperature).softmax(dim=2)
-        hard = torch.zeros_like(soft).scatter(2, best, 1.0)
-        mask = (hard + (soft - soft.detach())).flatten(1)
-        return (self._inner(given) * mask.to(given.rows.dtype)) @ self.values
+        inner = activate(self.activation, given.rows @ self.keys.t())
+        mask: Tensor = _StraightThrough.apply(scores, best, self.options.temperature)
+        return (inner * mask.flatten(1).to(inner.dtype)) @ self.values
 
     def _evaluate(self, given: Gathered, cells: Tensor) -> Tensor:
-        weights = self._inner(given).gather(1, cells)
-        return self.sum_of_values(cells + self.first_cell, weights)
+        """cells: (T', blocks) of this rank, in the whole memory."""
+        size = max(1, _CHUNK // max(1, cells.shape[1] * given.rows.shape[1]))
+        parts = zip(given.rows.split(size), (cells - self.first_cell).split(size), strict=True)
+        inner = torch.cat([torch.einsum("th,tkh->tk", rows, self.keys[local]) for rows, local in parts])
+        first = cells.shape[1] * torch.arange(cells.shape[0], device=cells.device)
+        return self.sum_of_values(
+            Reads((cells - self.first_cell).flatten(), first, activate(self.activation, inner.flatten()))
+        )
+
+
+class _StraightThrough(Function):
+    """Forward the one-hot vector of `best`, backward the softmax of scores / temperature."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, best: Tensor, temperature: float) -> Tensor:
+        soft = (scores / temperature).softmax(dim=2)
+        ctx.save_for_backward(soft)
+        ctx.temperature = temperature
+        return torch.zeros_like(soft).scatter_(2, best[..., None], 1.0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (soft,) = ctx.saved_tensors
+        mean = (grad * soft).sum(dim=2, keepdim=True)
+        return soft * (grad - mean) / ctx.temperature, None, None

@@ -3,36 +3,27 @@
 Source: "Towards A Unified View of Sparse Feed-Forward Network", arXiv:2305.13999: the feed-forward layer as a memory
 act(x K^T) V, of which the k cells with the largest pre-activation are kept. From memory: that VanillaM keeps the full
 key table, and that LoRKM's keys are K = D U with D (d_m, r) and U (r, H), r much smaller than H. This project's
-reading: the choice is by pre-activation; what is kept is act(score), and no other weight.
+reading: the choice is by pre-activation, before the non-linearity, so that cells at which relu is 0 rank too; what is
+kept is act(score), and no other weight; scores are wide. U starts so that U x is about as large as x, and D so that
+the scores are about as large as with keys of a feed-forward layer.
 
-Guaranteed: exactly k cells for each token, whatever ranks the tables are split over; nothing is random. Causal: a
-decision reads one token only. No loss, no capacity. VanillaM scores all d_m keys for each token, more than it saves:
-it is the reference that cheaper keys are held to.
+Guaranteed: exactly k cells for each token, of equal scores the lowest, whatever ranks the tables are split over;
+nothing is random. Causal: a decision reads one token only. No loss, no capacity. VanillaM scores all d_m keys for
+each token, (T, d_m) wide numbers, more than it saves: it is the reference that cheaper keys are held to.
 """
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.options import option
 from megatron_moe.layers.context import ForwardContext
 from megatron_moe.moe.facts import Facts
 from megatron_moe.moe.plan import TokenInfo
 from megatron_moe.moe.unrouted.cell_choice import best_cells, gather_tokens
-from megatron_moe.moe.unrouted.memory import MemoryLayer, activate, plain_activation
+from megatron_moe.moe.unrouted.memory import CellOptions, MemoryLayer, Reads, activate, plain_activation, starts_of
 from megatron_moe.moe.unrouted.unrouted_layer import Mixed
 from megatron_moe.parallel.collectives import reduce_scatter
-
-
-@dataclass(frozen=True, kw_only=True)
-class CellOptions:
-    """What vanilla_memory alone can be told."""
-
-    active_cells: int | None = option(
-        None, "cells of a token; none = router_topk times the width of an expert", at_least=1
-    )
 
 
 class VanillaMemoryLayer(MemoryLayer):
@@ -40,7 +31,7 @@ class VanillaMemoryLayer(MemoryLayer):
 
     Options = CellOptions
     facts = Facts(
-        paper="sparse feed-forward networks, arXiv:2305.13999",
+        paper="VanillaM in arXiv:2305.13999",
         chooses="token, by the cells' own keys",
         batch_independent=True,
         scores="pre-activation",
@@ -53,31 +44,24 @@ class VanillaMemoryLayer(MemoryLayer):
 
     def make_parameters(self) -> None:
         self.activation = plain_activation(self.config, self.site.activation)
-        self.keys = self.new_table(self.num_cells, self.key_width(), self.site.init_std)
-        self.active_cells = self.options.active_cells or self.config.router_topk * self.site.ffn_size
-        if self.active_cells > self.num_cells:
-            raise ConfigError(
-                f"--moe-router-options active_cells={self.active_cells} asks for more than the memory's "
-                f"{self.num_cells} cells; use fewer."
-            )
-
-    def key_width(self) -> int:
-        """Of a key, and of what a token is asked with."""
-        return self.site.hidden_size
+        self.active = self.active_cells(self.options.active_cells, "active_cells")
+        self.keys = self.new_table(self.site.hidden_size, self.site.init_std)
 
     def queries(self, tokens: Tensor) -> Tensor:
-        """(T, key width)."""
+        """(T, key width): what the keys are multiplied with."""
         return tokens
 
     def mix(self, tokens: Tensor, info: TokenInfo, ctx: ForwardContext) -> Mixed:
         given = gather_tokens(self.queries(tokens), info.is_padding, self.ep)
-        scores = (given.rows @ self.keys.to(given.rows.dtype).t()).to(self.site.wide)
-        mine, chosen = best_cells(scores, self.active_cells, self.ep)
-        weights = activate(self.activation, scores.gather(1, mine)).masked_fill(~chosen, 0.0)
-        cells = mine + self.first_cell
-        answers = reduce_scatter(self.sum_of_values(cells, weights), self.ep, given.counts)
-        used = self.uses(cells, chosen & ~given.is_padding[:, None])
-        return Mixed(answers.to(tokens.dtype), self.report(info, used, {}))
+        wide = self.site.wide
+        scores = given.rows.to(wide) @ self.keys.to(wide).t()
+        chosen = best_cells(scores, self.active, self.ep)
+        tokens_of, cells = chosen.nonzero(as_tuple=True)
+        weights = activate(self.activation, scores.masked_select(chosen))
+        partial = self.sum_of_values(Reads(cells, starts_of(chosen), weights))
+        answers = reduce_scatter(partial, self.ep, given.counts)
+        used = self.uses(cells + self.first_cell, ~given.is_padding[tokens_of])
+        return Mixed(answers, self.report(info, used, {}))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,17 +88,12 @@ class LowRankKeysLayer(VanillaMemoryLayer):
     options: LowRankOptions
 
     def make_parameters(self) -> None:
-        super().make_parameters()
-        self.down = self.new_weight((self.options.rank, self.site.hidden_size), self.site.hidden_size**-0.5)
-
-    def key_width(self) -> int:
-        return self.options.rank
+        rank, hidden = self.options.rank, self.site.hidden_size
+        self.activation = plain_activation(self.config, self.site.activation)
+        self.active = self.active_cells(self.options.active_cells, "active_cells")
+        self.keys = self.new_table(rank, self.site.init_std * (hidden / rank) ** 0.5)
+        self.down = self.new_weight((rank, hidden), float(hidden**-0.5))
 
     def queries(self, tokens: Tensor) -> Tensor:
         """(T, r) wide."""
         return tokens.to(self.site.wide) @ self.down.t()
-
-
-def dense_memory(tokens: Tensor, keys: Tensor, values: Tensor, activation: str) -> Tensor:
-    """(T, H): all cells, which is a dense feed-forward layer; what k = d_m is held to."""
-    return torch.matmul(activate(activation, tokens @ keys.t()), values)

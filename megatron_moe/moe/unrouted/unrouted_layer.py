@@ -87,6 +87,10 @@ class UnroutedLayer(SparseLayer):
     def setup(self) -> None:
         """Check the options and make the parameters."""
 
+    @property
+    def decider(self) -> nn.Module:
+        return self
+
     def forward(self, hidden: Tensor, ctx: ForwardContext) -> Routed:
         rows = hidden if ctx.sequence_parallel else split_to(hidden, self.tp)
         info = token_info(ctx, self.tp, self.index, self.config.routing_group_samples)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,17 +10,18 @@ from tools.benchmark.study.run import Arm, Size
 
 SIZES = {
     "smoke": Size("smoke", 2, 32, 2, 64, 64, 8, 12, 4e-3, trials=2),
-    "tiny": Size("tiny", 4, 64, 4, 128, 128, 16, 400, 4e-3),
+    "tiny": Size("tiny", 3, 64, 4, 64, 128, 16, 300, 6e-3, trials=12),
     "small": Size("small", 8, 256, 8, 1024, 512, 64, 4000, 1e-3, trials=32),
 }
 EXPERTS = 8
+MEMORY_EXPERTS = 16  # times the width of one: a square, as product keys want
 BALANCE: dict[str, Any] = {"aux_loss_coeff": 0.01}
 Fields = Mapping[str, Any]
 
 
 def sparse(router: str, width: int, *, experts: int = EXPERTS, **more: Any) -> dict[str, Any]:
-    """Every second layer sparse."""
-    fixed = {"num_experts": experts, "layer_freq": "2", "ffn_hidden_size": width, "router_type": router}
+    """Every layer sparse."""
+    fixed = {"num_experts": experts, "layer_freq": "1", "ffn_hidden_size": width, "router_type": router}
     return {**fixed, **more}
 
 
@@ -51,9 +53,11 @@ def main_arms(size: Size) -> list[Arm]:
         "ec_cap": sparse("ec_cap", half, **leaks),
         "base": sparse("base", full, **leaks),
         "sinkhorn": sparse("sinkhorn", full, router_topk=1, **leaks),
-        "soft_moe": sparse("soft_moe", full, **leaks),
+        "soft_moe": sparse("soft_moe", full, router_options={"slots": str(size.length // EXPERTS)}, **leaks),
         "smear": sparse("smear", full, **leaks),
-        "mixture_of_depths": sparse("mixture_of_depths", full, experts=1, router_topk=1, **leaks),
+        "mixture_of_depths": sparse(
+            "mixture_of_depths", full, experts=1, router_topk=1, ffn_hidden_size=None, layer_freq="2", **leaks
+        ),
     }
     arms = [Arm("dense", "main")]
     arms += [Arm(name, "main", moe) for name, moe in causal.items()]
@@ -81,7 +85,7 @@ def sam_arms(size: Size) -> list[Arm]:
 
 def memory_arms(size: Size) -> list[Arm]:
     """Block size by way of choosing, with the same number of active cells of the same memory: Avg-K's claim."""
-    cells = EXPERTS * size.ffn
+    cells = MEMORY_EXPERTS * size.ffn
     arms = []
     for block in (size.ffn, size.ffn // 4, size.ffn // 16):
         shape: dict[str, Any] = {"experts": cells // block, "router_topk": size.ffn // block, "activation": "gelu"}
@@ -91,12 +95,16 @@ def memory_arms(size: Size) -> list[Arm]:
             Arm(f"g={block} learned gate", "memory", sparse("top_k", block, **shape, **gate)),
             Arm(f"g={block} rand_hash", "memory", sparse("rand_hash", block, **shape)),
         ]
+    shape = {"experts": MEMORY_EXPERTS, "router_topk": 1}
+    cell: dict[str, Any] = {**shape, "activation": "gelu"}
+    # half of the sub-keys of each half of a query, for there are no more
+    neighbours = {"router_options": {"knn": str(min(size.ffn, math.isqrt(cells) // 2))}}
     single: dict[str, Fields] = {
-        "g=1 vanilla_memory": sparse("vanilla_memory", size.ffn, router_topk=1, activation="gelu"),
-        "g=1 low_rank_keys": sparse("low_rank_keys", size.ffn, router_topk=1, activation="gelu"),
-        "g=1 controller": sparse("controller", size.ffn, router_topk=1, activation="gelu"),
-        "g=1 product_keys": sparse("product_keys", size.ffn, router_topk=1),
-        "g=1 product_keys_ffn": sparse("product_keys_ffn", size.ffn, router_topk=1, activation="gelu"),
+        "g=1 vanilla_memory": sparse("vanilla_memory", size.ffn, **cell),
+        "g=1 low_rank_keys": sparse("low_rank_keys", size.ffn, **cell),
+        "g=1 controller": sparse("controller", size.ffn, **cell),
+        "g=1 product_keys": sparse("product_keys", size.ffn, **shape),
+        "g=1 product_keys_ffn, fewer cells": sparse("product_keys_ffn", size.ffn, **cell, **neighbours),
     }
     return arms + [Arm(name, "memory", moe) for name, moe in single.items()]
 

@@ -1,0 +1,162 @@
+"""Mixture-of-Depths in a whole block: exactly C tokens are worked on, the others pass unchanged, attention included."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_moe.certify.tiny_model import LENGTH, VOCAB, samples, tiny_config
+from megatron_moe.config.errors import ConfigError
+from megatron_moe.config.parallel import ParallelConfig
+from megatron_moe.inference.kv_cache import ReservedCache
+from megatron_moe.layers.context import ForwardContext
+from megatron_moe.models.build import gpt_spec
+from megatron_moe.models.depth import DepthBlock, build_block
+from megatron_moe.models.transformer import TransformerLayer
+from megatron_moe.moe.routers.mixture_of_depths import MixtureOfDepthsRouter
+from megatron_moe.parallel.layout import materialise
+from megatron_moe.parallel.random import KeyedRandom
+from megatron_moe.parallel.state import ParallelState
+from megatron_moe.training.flops import flops_per_token
+from megatron_moe.training.step import view_of
+
+ALONE = ParallelState.alone()
+DEPTHS = {"router_type": "mixture_of_depths", "num_experts": 1, "router_topk": 1, "ffn_hidden_size": None}
+
+
+def block_of(**options: str) -> DepthBlock:
+    config = tiny_config({**DEPTHS, "router_options": {"capacity": "0.375", **options}}, {}, {"init_method_std": 0.4})
+    block = build_block(gpt_spec(config, VOCAB).layers[1], ALONE)
+    assert isinstance(block, DepthBlock)
+    materialise(block, ALONE, 3, torch.device("cpu"))
+    return block
+
+
+def context(numbers: list[int], *, train: bool = True) -> ForwardContext:
+    view = view_of(samples(numbers), ALONE, torch.device("cpu"))
+    return ForwardContext(view=view, random=KeyedRandom(1), train=train, sequence_parallel=False)
+
+
+def draw(samples_: int) -> Tensor:
+    generator = torch.Generator().manual_seed(5)
+    return torch.randn(LENGTH, samples_, 16, generator=generator, dtype=torch.float64)
+
+
+def by_hand(block: DepthBlock, hidden: Tensor, ctx: ForwardContext, chosen: list[int], sample: int) -> Tensor:
+    """One sample: the block on its chosen rows as a sequence of their own."""
+    layer = block.depth.block
+    rows = torch.tensor(chosen)
+    view = ctx.view
+    picked = replace(
+        view,
+        tokens=view.tokens[rows, sample : sample + 1],
+        positions=view.positions[rows, sample : sample + 1],
+        segments=view.segments[rows, sample : sample + 1],
+        sample_ids=view.sample_ids[sample : sample + 1],
+        rows=torch.arange(len(rows)),
+        segmented=True,
+    )
+    given = hidden[rows, sample : sample + 1]
+    out, _ = layer(given, replace(ctx, view=picked))
+    r = given @ block.depth.router.weight.t()
+    found = hidden[:, sample].clone()
+    found[rows] = (given + r * (out - given)).squeeze(1)
+    return found
+
+
+def best_rows(block: DepthBlock, hidden: Tensor, ctx: ForwardContext, sample: int, count: int) -> list[int]:
+    """The count largest r among the real tokens, in the order of the sequence."""
+    r = (hidden[:, sample] @ block.depth.router.weight.t()).squeeze(1)
+    real = [row for row in range(LENGTH) if ctx.view.segments[row, sample] >= 0]
+    return sorted(sorted(real, key=lambda row: -r[row].item())[:count])
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_chosen_tokens_pass_through_the_block_and_the_others_do_not(train: bool) -> None:
+    block, hidden = block_of(), draw(3)
+    ctx = context([0, 1, 2], train=train)  # the first ends in padding, the second holds two documents
+    found, report = block(hidden, ctx)
+    for sample in range(3):
+        chosen = best_rows(block, hidden, ctx, sample, 3)  # 0.375 of eight
+        torch.testing.assert_close(found[:, sample], by_hand(block, hidden, ctx, chosen, sample))
+        others = [row for row in range(LENGTH) if row not in chosen]
+        assert torch.equal(found[others, sample], hidden[others, sample])
+    assert report.stats["tokens_per_expert"].tolist() == [9]
+    assert set(report.aux_losses) == ({"predictor_loss"} if train else set())
+
+
+def test_the_predictor_decides_token_by_token() -> None:
+    block, hidden = block_of(inference="predictor"), draw(2)
+    ctx = context([1, 2], train=False)
+    found, _ = block(hidden, ctx)
+    r = (hidden @ block.depth.router.weight.t()).squeeze(2)
+    for sample in range(2):
+        chosen = [row for row in range(LENGTH) if r[row, sample] > 0]
+        assert 0 < len(chosen) < LENGTH
+        torch.testing.assert_close(found[:, sample], by_hand(block, hidden, ctx, chosen, sample))
+    # causal: what comes later changes nothing before
+    changed = hidden.clone()
+    changed[-1] += 3.0
+    torch.testing.assert_close(block(changed, ctx)[0][:-1], found[:-1])
+    # in training the best of the whole sequence are taken, and a later token can push an earlier one out
+    training = context([1, 2])
+    changed[-1] = 100.0 * block.depth.router.weight.detach()
+    assert not torch.equal(block(changed, training)[0][:-1], block(hidden, training)[0][:-1])
+
+
+def test_gradients_reach_the_router_and_the_block() -> None:
+    block, hidden = block_of(), draw(2).requires_grad_()
+    out, report = block(hidden, context([1, 2]))
+    (out.sum() + report.aux_losses["predictor_loss"].share).backward()
+    assert hidden.grad is not None and hidden.grad.isfinite().all()
+    for name, parameter in block.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+def test_finite_differences_agree() -> None:
+    block, ctx = block_of(), context([1, 2])
+    names = [name for name, _ in block.named_parameters() if "router" in name or "w2" in name]
+
+    def value(hidden: Tensor, *given: Tensor) -> Tensor:
+        out, report = torch.func.functional_call(block, dict(zip(names, given, strict=True)), (hidden, ctx))
+        return (out * torch.sin(torch.arange(16.0))).sum() + report.aux_losses["predictor_loss"].share
+
+    parameters = [block.get_parameter(name) for name in names]
+    assert torch.autograd.gradcheck(value, (draw(2).requires_grad_(), *parameters))
+
+
+def test_the_worked_choice_and_its_cross_entropy() -> None:
+    block = block_of(capacity="0.25")
+    router = block.depth.router
+    assert isinstance(router, MixtureOfDepthsRouter)
+    r = torch.tensor([0.3, -0.1, 1.2, 0.8, -0.5, 0.0, 0.4, 0.9], dtype=torch.float64)
+    hidden = torch.zeros(8, 1, 16, dtype=torch.float64)
+    hidden[:, 0, 0] = r
+    with torch.no_grad():
+        router.weight.zero_()[0, 0] = 1.0
+    ctx = context([2])
+    out, report = block(hidden, ctx)
+    assert [row for row in range(8) if not torch.equal(out[row], hidden[row])] == [2, 7]
+    assert report.aux_losses["predictor_loss"].share.item() / 8 == pytest.approx(0.6693, abs=1e-4)
+
+
+def test_what_cannot_be_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"--num-experts 2: the one expert of mixture_of_depths is the block itself"):
+        build_block(gpt_spec(tiny_config({**DEPTHS, "num_experts": 2}, {}, {}), VOCAB).layers[1], ALONE)
+    with pytest.raises(ConfigError, match="--context-parallel-size 2 cuts sequences"):
+        MixtureOfDepthsRouter.check_layout(ParallelConfig(context_parallel_size=2))
+    block = block_of()
+    cache = ReservedCache({1: (2, 4)}, max_length=8, num_samples=1, dtype=torch.float64, device=torch.device("cpu"))
+    with pytest.raises(ConfigError, match="the key-value cache of decoding cannot leave out"):
+        block(draw(1), replace(context([2]), cache=cache))
+
+
+def test_a_dense_spec_and_the_cost_of_a_block() -> None:
+    config = tiny_config({**DEPTHS, "router_options": {"capacity": "1"}}, {}, {})
+    dense = tiny_config({"num_experts": 0}, {}, {})
+    assert isinstance(build_block(gpt_spec(config, VOCAB).layers[0], ALONE), TransformerLayer)
+    # all tokens chosen cost what a dense block costs; half of them less than half of two blocks in four
+    assert flops_per_token(config, VOCAB) == flops_per_token(dense, VOCAB)
+    half = tiny_config({**DEPTHS, "router_options": {"capacity": "0.5"}}, {}, {})
+    assert 0.6 < flops_per_token(half, VOCAB) / flops_per_token(dense, VOCAB) < 0.9
