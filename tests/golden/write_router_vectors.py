@@ -15,6 +15,7 @@ from oracles.cases import Shape, make_case
 from oracles.registry import CASES, ORACLES
 
 FOLDER = Path(__file__).parent / "routers"
+REPOSITORY = Path(__file__).parents[2]
 
 
 def plain(value: Any) -> Any:
@@ -24,7 +25,8 @@ def plain(value: Any) -> Any:
 def as_json(case: Case, expected: Expected) -> dict[str, Any]:
     """Pairs are sorted by token, then expert."""
     return {
-        "moe": dict(case.fields),
+        # files stand at their place in the repository
+        "moe": json.loads(json.dumps(dict(case.fields)).replace(f"{REPOSITORY}/", "")),
         "train": case.train,
         "seed": case.seed,
         "step": case.step,

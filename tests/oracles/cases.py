@@ -49,7 +49,8 @@ def info_of(fields: Mapping[str, Any], shape: Shape) -> TokenInfo:
 def make_case(name: str, fields: Mapping[str, Any], shape: Shape) -> Case:
     """Numbers are drawn from the case's name and shape; the router says only which parameters it has."""
     config = MoEConfig(num_experts=shape.experts, **fields)
-    router = bare_router(config, shape.hidden)
+    seed = 1 + shape.seed
+    router = bare_router(config, shape.hidden, seed)
     draw = np.random.default_rng(int.from_bytes(hashlib.sha256(f"{name} {shape}".encode()).digest()[:8], "little"))
     tokens = draw.normal(size=(shape.length * shape.samples, shape.hidden))
     parameters = {key: draw.normal(size=tuple(value.shape)) for key, value in router.named_parameters()}
@@ -65,7 +66,7 @@ def make_case(name: str, fields: Mapping[str, Any], shape: Shape) -> Case:
         info={key: getattr(info, key).numpy() for key in ARRAYS},
         num_groups=info.num_groups,
         train=shape.train,
-        seed=1 + shape.seed,
+        seed=seed,
         vocab_size=VOCAB,
         expert_keys=draw.normal(size=(shape.experts, shape.hidden)) if router.reads_expert_keys else None,
     )
@@ -78,15 +79,15 @@ def _other_state(value: np.ndarray, draw: np.random.Generator) -> np.ndarray:
     return value + 0.1 * draw.random(size=value.shape)
 
 
-def bare_router(config: MoEConfig, hidden: int, dtype: torch.dtype = torch.float64) -> Router:
-    router = build_router(config, hidden, Site(NOBODY, dtype, 0.5, layer=3, vocab_size=VOCAB, seed=1))
+def bare_router(config: MoEConfig, hidden: int, seed: int, dtype: torch.dtype = torch.float64) -> Router:
+    router = build_router(config, hidden, Site(NOBODY, dtype, 0.5, layer=3, vocab_size=VOCAB, seed=seed))
     materialise(router, ParallelState.alone(), 7, torch.device("cpu"))
     return router
 
 
 def ask_router(case: Case, info: TokenInfo, dtype: torch.dtype = torch.float64) -> RoutingPlan:
     """The plan of the code under test."""
-    router = bare_router(MoEConfig(**case.fields), case.tokens.shape[1], dtype)
+    router = bare_router(MoEConfig(**case.fields), case.tokens.shape[1], case.seed, dtype)
     with torch.no_grad():
         for key, parameter in router.named_parameters():
             parameter.copy_(torch.from_numpy(case.parameters[key]))

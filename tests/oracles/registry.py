@@ -1,9 +1,10 @@
 """Which oracle belongs to which router, and which cases it is asked."""
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
-from oracles import token_choice
+from oracles import balanced, capped_choice, causal_expert_choice, memory_blocks, token_choice, unlearned
 from oracles.case import Case, Expected
 
 Oracle = Callable[[Case], Expected]
@@ -14,7 +15,18 @@ ORACLES: dict[str, Oracle] = {
     "gshard": token_choice.gshard,
     "st_moe": token_choice.st_moe,
     "expert_choice": token_choice.expert_choice,
+    "expert_choice_position": causal_expert_choice.expert_choice_position,
+    "expert_choice_threshold": causal_expert_choice.expert_choice_threshold,
+    "ec_cap": capped_choice.ec_cap,
+    "base": balanced.base,
+    "sinkhorn": balanced.sinkhorn,
+    "hash": unlearned.hash_layer,
+    "rand_hash": unlearned.rand_hash,
+    "avg_k": memory_blocks.avg_k,
+    "thor": unlearned.thor,
 }
+
+TOKEN_COUNTS = str(Path(__file__).parents[1] / "golden" / "token_counts.json")  # of moe_rows.VOCAB ids
 
 LOSSES: Mapping[str, Any] = {"aux_loss_coeff": 0.01, "z_loss_coeff": 0.001}
 # name of the case -> fields of [moe]; every one is asked in training and in evaluation
@@ -48,5 +60,65 @@ CASES: dict[str, dict[str, Any]] = {
         "router_type": "expert_choice",
         "router_options": {"capacity": "1.3", "rounding": "round"},
         "routing_group_samples": 2,
+    },
+    "expert_choice_position": {
+        "router_type": "expert_choice_position",
+        "routing_group_samples": 2,
+        "z_loss_coeff": 0.001,
+    },
+    "expert_choice_position-three": {
+        "router_type": "expert_choice_position",
+        "routing_group_samples": 3,
+        "router_options": {"capacity": "1.3"},
+    },
+    "expert_choice_threshold": {"router_type": "expert_choice_threshold", "z_loss_coeff": 0.001},
+    "ec_cap": {"router_type": "ec_cap", "z_loss_coeff": 0.001},
+    "ec_cap-smooth": {
+        "router_type": "ec_cap",
+        "routing_group_samples": 2,
+        "router_options": {"capacity": "1.6", "cap": "2", "entropy": "0.05", "rounding": "round", "iterations": "500"},
+    },
+    "ec_cap-strict": {
+        "router_type": "ec_cap",
+        "routing_group_samples": 3,
+        "router_options": {"strict_cap": "true", "entropy": "0.05"},
+    },
+    "base": {"router_type": "base", "z_loss_coeff": 0.001},
+    "base-pair": {"router_type": "base", "routing_group_samples": 2},
+    "sinkhorn": {"router_type": "sinkhorn", "z_loss_coeff": 0.001},
+    "sinkhorn-one": {
+        "router_type": "sinkhorn",
+        "router_topk": 1,
+        "routing_group_samples": 2,
+        "router_options": {"temperature": "0.5", "tolerance": "0", "iterations": "30"},
+    },
+    "hash": {"router_type": "hash"},
+    "hash-balanced": {
+        "router_type": "hash",
+        "router_options": {"table": "balanced", "token_counts": TOKEN_COUNTS},
+    },
+    "hash-mod": {"router_type": "hash", "router_topk": 1, "router_options": {"table": "mod"}},
+    "hash-previous": {"router_type": "hash", "router_topk": 1, "router_options": {"table": "previous"}},
+    "rand_hash": {"router_type": "rand_hash", "router_topk": 3},
+    "avg_k": {"router_type": "avg_k", "router_topk": 3, **LOSSES},
+    "avg_k-softmax": {"router_type": "avg_k", "router_options": {"gate_weight": "softmax"}},
+    "avg_k-sigmoid": {
+        "router_type": "avg_k",
+        "router_topk": 1,
+        "router_options": {"gate_weight": "sigmoid", "key_source": "live"},
+    },
+    "thor": {"router_type": "thor"},
+    "thor-group": {
+        "router_type": "thor",
+        "routing_group_samples": 2,
+        "router_options": {"granularity": "group", "inference": "token"},
+    },
+    "thor-sequence": {
+        "router_type": "thor",
+        "router_options": {"granularity": "sequence", "inference": "ensemble"},
+    },
+    "thor-token": {
+        "router_type": "thor",
+        "router_options": {"granularity": "token", "inference": "fixed", "fixed_expert": "2"},
     },
 }

@@ -106,6 +106,15 @@ CASES: list[dict[str, Any]] = [
     {"router_type": "sinkhorn", "z_loss_coeff": 0.001, "expert_capacity_factor": 0.7},
     {"router_type": "sinkhorn", "router_topk": 1, "router_options": {"temperature": "0.3", "tolerance": "0"}},
     {"router_type": "expert_choice", "router_options": {"capacity": "1.3", "rounding": "round"}},
+    {"router_type": "expert_choice_position", "routing_group_samples": 2, "z_loss_coeff": 0.001},
+    {"router_type": "expert_choice_position", "routing_group_samples": 3, "router_options": {"capacity": "1.3"}},
+    {"router_type": "expert_choice_threshold", "z_loss_coeff": 0.001},
+    {
+        "router_type": "expert_choice_threshold",
+        "expert_capacity_factor": 0.7,
+        "token_drop_policy": "probs",
+        "router_options": {"capacity": "1.3"},
+    },
     {"router_type": "ec_cap", "z_loss_coeff": 0.001},
     {
         "router_type": "ec_cap",
@@ -250,7 +259,7 @@ def test_every_split_of_a_group_gives_the_same_plan_losses_and_gradients() -> No
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"router_type": "topk"}, r"no such router; did you mean 'top_k'\? Use one of top_k, switch"),
+        ({"router_type": "topk"}, r"no such router; did you mean 'top_k'\? Use one of top_k, .*switch"),
         ({"router_type": "zzz"}, r"no such router\. Use one of"),
         ({"router_options": {"renormalize": "true"}}, r"top_k has no such option; did you mean 'renormalise'\?"),
         ({"router_options": {"zzz": "1"}}, r"no such option\. It knows renormalise, balance, topk_scaling_factor\."),

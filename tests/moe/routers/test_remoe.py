@@ -135,22 +135,22 @@ def test_the_coefficient_brings_the_experts_per_token_to_k() -> None:
     info = token_info(64)
     tokens = draw_tokens(info)
     tokens[:, 0] = 1.0  # something to push all logits down by: there is no bias
-    optimizer = torch.optim.Adam(router.parameters(), lr=0.02)
+    optimizer = torch.optim.SGD(router.parameters(), lr=0.05)
     active = []
-    for _ in range(400):
+    for _ in range(300):
         plan = router(tokens, info)
         loss = plan.aux_losses["relu_regulariser"]
-        # what stands for the model's loss wants weights of one
-        task = (plan.combine_weights - 1).square().sum() / 64
+        # what stands for the model's loss wants weights of 0.3, from all experts
+        task = (plan.combine_weights - 0.3).square().sum() / 64
         optimizer.zero_grad()
         (task + loss.share * loss.weight).backward()
         optimizer.step()
         asked = plan.tokens_per_expert().double()
         router.after_step({}, {"requested": asked, "tokens": torch.tensor(64.0).double()})
         active.append(asked.sum().item() / 64)
-    assert active[0] > 3
-    assert sum(active[-100:]) / 100 == pytest.approx(2, rel=0.1)
-    assert router.coefficient > 1e-4
+    assert min(active[:50]) > 3
+    assert sum(active[-100:]) / 100 == pytest.approx(2, rel=0.05)
+    assert 0.01 < router.coefficient < 10
 
 
 def coefficients(world_size: int, parallel: dict[str, Any], micro_batch: int) -> list[float]:

@@ -44,7 +44,12 @@ CASES: dict[str, dict[str, Any]] = {
         "router_options": {"heads": "3", "key_dim": "2", "num_subkeys": "6", "query_norm": "none"},
     },
     "product_keys_ffn": {"router_type": "product_keys_ffn", "activation": "gelu", "router_options": {"key_dim": "4"}},
-    "controller": {"router_type": "controller", "router_topk": 1, "activation": "gelu", "router_options": {"rank": "3"}},
+    "controller": {
+        "router_type": "controller",
+        "router_topk": 1,
+        "activation": "gelu",
+        "router_options": {"rank": "3"},
+    },
     "controller, no noise": {
         "router_type": "controller",
         "activation": "relu",
@@ -60,8 +65,17 @@ def make_memory(
     options = fields.get("router_options", {})
     width = {} if "num_subkeys" in options or "ffn_hidden_size" in fields else {"ffn_hidden_size": 4}
     config = MoEConfig(num_experts=4, **{**width, **fields})
-    activation = config.activation or "swiglu"
-    layer = build_unrouted(config, LayerSite(0, hidden, config.ffn_hidden_size or 4, activation, 0.5, 0.5, dtype, state))
+    site = LayerSite(
+        index=0,
+        hidden_size=hidden,
+        ffn_size=config.ffn_hidden_size or 4,
+        activation=config.activation or "swiglu",
+        init_std=0.5,
+        output_std=0.5,
+        dtype=dtype,
+        state=state,
+    )
+    layer = build_unrouted(config, site)
     assert isinstance(layer, MemoryLayer)
     materialise(layer, state, 7, torch.device("cpu"))
     return layer

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -95,16 +94,14 @@ def memory_arms(size: Size) -> list[Arm]:
             Arm(f"g={block} learned gate", "memory", sparse("top_k", block, **shape, **gate)),
             Arm(f"g={block} rand_hash", "memory", sparse("rand_hash", block, **shape)),
         ]
-    shape = {"experts": MEMORY_EXPERTS, "router_topk": 1}
-    cell: dict[str, Any] = {**shape, "activation": "gelu"}
-    # half of the sub-keys of each half of a query, for there are no more
-    neighbours = {"router_options": {"knn": str(min(size.ffn, math.isqrt(cells) // 2))}}
+    whole: dict[str, Any] = {"experts": MEMORY_EXPERTS, "router_topk": 1}
+    cell: dict[str, Any] = {**whole, "activation": "gelu"}
     single: dict[str, Fields] = {
         "g=1 vanilla_memory": sparse("vanilla_memory", size.ffn, **cell),
         "g=1 low_rank_keys": sparse("low_rank_keys", size.ffn, **cell),
         "g=1 controller": sparse("controller", size.ffn, **cell),
-        "g=1 product_keys": sparse("product_keys", size.ffn, **shape),
-        "g=1 product_keys_ffn, fewer cells": sparse("product_keys_ffn", size.ffn, **cell, **neighbours),
+        "g=1 product_keys": sparse("product_keys", size.ffn, **whole),
+        "g=1 product_keys_ffn": sparse("product_keys_ffn", size.ffn, **cell),
     }
     return arms + [Arm(name, "memory", moe) for name, moe in single.items()]
 
