@@ -8,6 +8,7 @@ from moe_rows import VOCAB, make_router, rows_of, token_info, weights_of
 from torch import Tensor
 
 from megatron_moe.config.moe import MoEConfig
+from megatron_moe.moe.methods import find_method
 from megatron_moe.moe.plan import RoutingPlan, TokenInfo
 from megatron_moe.moe.routers.router import Router
 from megatron_moe.parallel.layout import layout_of
@@ -39,16 +40,22 @@ def objective(plan: RoutingPlan, rows: Tensor | None = None) -> Tensor:
     return answer + torch.stack([answer * 0, *(loss.share * loss.weight for loss in plan.aux_losses.values())]).sum()
 
 
+def group_samples(config: MoEConfig, otherwise: int) -> int:
+    """Samples of a routing group: `otherwise`, unless the case names a number, or none has an effect: one then."""
+    fixed = "routing_group_samples" in find_method(config.router_type).unused_fields
+    return config.routing_group_samples if fixed or config.routing_group_samples > 1 else otherwise
+
+
 def check_router(config: MoEConfig) -> None:
     """Valid plan, finite gradient, padding goes nowhere, same seed same plan, nothing written to the router."""
-    info = token_info(8, 4, group_samples=2, padding=[(7, 0), (6, 0), (7, 3), (0, 1)])
+    info = token_info(8, 4, group_samples=group_samples(config, 2), padding=[(7, 0), (6, 0), (7, 3), (0, 1)])
     router = make_router(config, HIDDEN)
     before = {name: value for name, value in vars(router).items() if name != "_parameters"}
     state = {name: value.clone() for name, value in router.state_dict().items()}
     info = informed(router, info)
     tokens = draw_tokens(info).requires_grad_()
     plan = router(tokens, info)
-    check_plan(plan, info)
+    check_plan(plan, info, signed=router.wraps_block)
     check_reach(router, tokens, info, objective(plan))
     again = router(tokens, info)
     assert weights_of(again) == weights_of(plan)
@@ -68,14 +75,17 @@ def check_reach(router: Router, tokens: Tensor, info: TokenInfo, loss: Tensor) -
     assert tokens.grad is not None and not tokens.grad[info.is_padding].any()
 
 
-def check_plan(plan: RoutingPlan, info: TokenInfo) -> None:
-    """Shapes, dtypes and ranges; nobody is sent to the same expert twice; padding is sent nowhere."""
+def check_plan(plan: RoutingPlan, info: TokenInfo, *, signed: bool = False) -> None:
+    """Shapes, dtypes and ranges; nobody is sent to the same expert twice; padding is sent nowhere.
+
+    signed: a weight may be negative, as the raw score is that weighs a whole block.
+    """
     assignments = len(plan.token_ids)
     assert plan.num_tokens == len(info.keys)
     assert plan.expert_ids.shape == plan.combine_weights.shape == (assignments,)
     assert plan.token_ids.dtype == plan.expert_ids.dtype == torch.int64
     assert plan.combine_weights.dtype == torch.float64
-    assert plan.combine_weights.isfinite().all() and (plan.combine_weights >= 0).all()
+    assert plan.combine_weights.isfinite().all() and (signed or (plan.combine_weights >= 0).all())
     assert ((plan.token_ids >= 0) & (plan.token_ids < plan.num_tokens)).all()
     assert ((plan.expert_ids >= 0) & (plan.expert_ids <= plan.num_experts)).all()
     served = plan.expert_ids < plan.num_experts
@@ -88,7 +98,7 @@ def check_plan(plan: RoutingPlan, info: TokenInfo) -> None:
 
 def check_gradient(config: MoEConfig) -> None:
     """Finite differences of weights and losses with respect to tokens and parameters, decisions standing still."""
-    info = token_info(3, 2, padding=[(2, 1)])
+    info = token_info(3, 2, group_samples=group_samples(config, 1), padding=[(2, 1)])
     router = make_router(config, HIDDEN)
     info = informed(router, info)
     tokens = draw_tokens(info).requires_grad_()
@@ -108,9 +118,12 @@ def check_gradient(config: MoEConfig) -> None:
     assert torch.autograd.gradcheck(value, (tokens, *live, *router.parameters()))
 
 
-def leaks(decide: Callable[[Tensor, TokenInfo], RoutingPlan], trials: int = 12) -> bool:
-    """Whether other values in the last position of a sequence ever change what happens to an earlier one."""
-    info = token_info(10, 2, group_samples=2)
+def leaks(decide: Callable[[Tensor, TokenInfo], RoutingPlan], samples: int = 2, trials: int = 12) -> bool:
+    """Whether other values in the last position of a sequence ever change what happens to an earlier one.
+
+    samples: of a routing group.
+    """
+    info = token_info(10, 2, group_samples=samples)
     tokens = draw_tokens(info)
     earlier = info.positions < 9
     before = _rows_of_plan(decide(tokens, info), earlier)
@@ -130,7 +143,8 @@ def _rows_of_plan(plan: RoutingPlan, rows: Tensor) -> dict[tuple[int, int], floa
 
 def check_edges(router: Router) -> None:
     """No tokens, fewer than experts, a group of padding only, numbers that are none: there is a plan all the same."""
-    whole = informed(router, token_info(6, 2, padding=[(p, 1) for p in range(6)]))
+    samples = group_samples(router.config, 1)
+    whole = informed(router, token_info(6, 2, group_samples=samples, padding=[(p, 1) for p in range(6)]))
     nothing = rows_of(replace(whole, num_groups=2), torch.arange(0))
     plan = router(torch.zeros(0, HIDDEN, dtype=torch.float64), replace(nothing, group_tokens=torch.zeros(2).long()))
     assert plan.num_tokens == 0 and len(plan.token_ids) == len(plan.combine_weights) == 0
@@ -140,7 +154,7 @@ def check_edges(router: Router) -> None:
     tokens = draw_tokens(whole)
     plan = router(tokens, whole)
     assert {token % 2 for token, _ in weights_of(plan)} == {0}
-    single = informed(router, token_info(1))
-    check_plan(router(tokens[:1], single), single)
+    single = informed(router, token_info(1, group_samples=samples))
+    check_plan(router(tokens[:1], single), single, signed=router.wraps_block)
     plan = router(torch.full_like(tokens, float("nan")), whole)
     assert ((plan.expert_ids >= 0) & (plan.expert_ids <= plan.num_experts)).all()

@@ -1,4 +1,4 @@
-"""Every flag that the README names is one that some command takes."""
+"""What the README says is what is there: flags, the table of routers, the example."""
 
 import re
 
@@ -6,6 +6,7 @@ import pytest
 
 from megatron_moe.config.run import RunConfig
 from tests.house.sources import ROOT
+from tools.list_routers import main as list_routers
 
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
 
@@ -20,3 +21,18 @@ def test_every_flag_of_the_readme_exists(capsys: pytest.CaptureFixture[str]) -> 
             known |= set(FLAG.findall(path.read_text(encoding="utf-8")))
     named = set(FLAG.findall((ROOT / "README.md").read_text(encoding="utf-8")))
     assert named and named - known == set()
+
+
+def test_the_table_of_routers_is_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    columns = re.search(r"list_routers\.py --markdown --columns ([\w,]+)`", text)
+    table = re.search(r"<!-- list_routers -->\n(.*?)\n<!-- end -->", text, re.DOTALL)
+    assert columns and table
+    assert list_routers(["--markdown", "--columns", columns.group(1)]) == 0
+    assert capsys.readouterr().out.strip() == table.group(1).strip()
+
+
+def test_the_router_in_the_readme_is_the_file_beside_it() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    shown = re.search(r"```python\n(.*?)```", text, re.DOTALL)
+    assert shown and shown.group(1) == (ROOT / "examples" / "router" / "cosine_router.py").read_text(encoding="utf-8")

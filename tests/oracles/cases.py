@@ -48,7 +48,8 @@ def info_of(fields: Mapping[str, Any], shape: Shape) -> TokenInfo:
 
 def make_case(name: str, fields: Mapping[str, Any], shape: Shape) -> Case:
     """Numbers are drawn from the case's name and shape; the router says only which parameters it has."""
-    config = MoEConfig(num_experts=shape.experts, **fields)
+    fields = {"num_experts": shape.experts, **fields}
+    config = MoEConfig(**fields)
     seed = 1 + shape.seed
     router = bare_router(config, shape.hidden, seed)
     draw = np.random.default_rng(int.from_bytes(hashlib.sha256(f"{name} {shape}".encode()).digest()[:8], "little"))
@@ -58,7 +59,7 @@ def make_case(name: str, fields: Mapping[str, Any], shape: Shape) -> Case:
     info = info_of(fields, shape)
     return Case(
         name=name,
-        fields={"num_experts": shape.experts, **fields},
+        fields=fields,
         options=asdict(parse_options(find_method(config.router_type).Options, config)),
         tokens=tokens,
         parameters=parameters,
@@ -68,7 +69,7 @@ def make_case(name: str, fields: Mapping[str, Any], shape: Shape) -> Case:
         train=shape.train,
         seed=seed,
         vocab_size=VOCAB,
-        expert_keys=draw.normal(size=(shape.experts, shape.hidden)) if router.reads_expert_keys else None,
+        expert_keys=draw.normal(size=(config.num_experts, shape.hidden)) if router.reads_expert_keys else None,
     )
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from oracles import balanced, capped_choice, causal_expert_choice, memory_blocks, token_choice, unlearned
+from oracles import balanced, capped_choice, causal_expert_choice, depth, memory_blocks, token_choice, unlearned
 from oracles.case import Case, Expected
 
 Oracle = Callable[[Case], Expected]
@@ -24,6 +24,7 @@ ORACLES: dict[str, Oracle] = {
     "rand_hash": unlearned.rand_hash,
     "avg_k": memory_blocks.avg_k,
     "thor": unlearned.thor,
+    "mixture_of_depths": depth.mixture_of_depths,
 }
 
 TOKEN_COUNTS = str(Path(__file__).parents[1] / "golden" / "token_counts.json")  # of moe_rows.VOCAB ids
@@ -69,10 +70,16 @@ CASES: dict[str, dict[str, Any]] = {
     "expert_choice_position-three": {
         "router_type": "expert_choice_position",
         "routing_group_samples": 3,
-        "router_options": {"capacity": "1.3"},
+        "router_options": {"capacity": "2.5"},
     },
     "expert_choice_threshold": {"router_type": "expert_choice_threshold", "z_loss_coeff": 0.001},
-    "ec_cap": {"router_type": "ec_cap", "z_loss_coeff": 0.001},
+    # with the paper's lambda, 100 iterations end too early in groups this small: two tokens may stand level, and the
+    # last bit decides between them
+    "ec_cap": {
+        "router_type": "ec_cap",
+        "router_options": {"entropy": "0.02", "iterations": "300"},
+        "z_loss_coeff": 0.001,
+    },
     "ec_cap-smooth": {
         "router_type": "ec_cap",
         "routing_group_samples": 2,
@@ -106,6 +113,18 @@ CASES: dict[str, dict[str, Any]] = {
         "router_type": "avg_k",
         "router_topk": 1,
         "router_options": {"gate_weight": "sigmoid", "key_source": "live"},
+    },
+    "mixture_of_depths": {
+        "router_type": "mixture_of_depths",
+        "num_experts": 1,
+        "router_topk": 1,
+        "router_options": {"capacity": "0.3"},
+    },
+    "mixture_of_depths-predictor": {
+        "router_type": "mixture_of_depths",
+        "num_experts": 1,
+        "router_topk": 1,
+        "router_options": {"capacity": "0.5", "predictor_coeff": "0.05", "inference": "predictor"},
     },
     "thor": {"router_type": "thor"},
     "thor-group": {

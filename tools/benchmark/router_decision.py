@@ -77,11 +77,12 @@ def build_layer(name: str, case: Case, device: torch.device) -> MoELayer:
 def decision(layer: MoELayer, ctx: ForwardContext, backward: bool) -> Callable[[Tensor], object]:
     """Scores, plan, limit and order by expert; and back through the weights."""
 
+    # what scores are made of (Avg-K's means of weights) comes before there are any
+    keys = layer.experts.mean_keys().detach().to(layer.router.dtype) if layer.router.reads_expert_keys else None
+
     def decide(hidden: Tensor) -> object:
         tokens = hidden.flatten(0, 1)
-        info = token_info(ctx, layer.tp, layer.index, layer.group_samples)
-        if layer.router.reads_expert_keys:
-            info = replace(info, expert_keys=layer.experts.mean_keys().to(layer.router.dtype))
+        info = replace(token_info(ctx, layer.tp, layer.index, layer.group_samples), expert_keys=keys)
         plan = layer.limit(layer.router(tokens, info), info)
         order = by_expert(plan)
         if backward and plan.combine_weights.requires_grad:

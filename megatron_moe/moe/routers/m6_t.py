@@ -4,7 +4,8 @@ Source: M6-T, Yang et al., arXiv:2105.15082 (k top-1 routing). The softmax withi
 divided by their sum, and a balance loss for each prototype, added up, are those of public code (Hetu,
 layers/KTop1Gate.py). This project's reading: prototype j holds experts j·E/k to (j+1)·E/k - 1; the z-loss, which the
 paper does not have, reads the logits of all prototypes, each with a logarithm of its own: Σ_j (ln Σ_e exp z_e)^2, for
-each has a softmax of its own; batch-prioritised routing asks how sure a token is of its surest choice.
+each has a softmax of its own; batch-prioritised routing asks how sure a token is of its surest choice. With as many
+expert-parallel ranks as prototypes, each rank receives exactly one row of every token, however uneven the experts are.
 
 Guaranteed: each non-padding token has k different experts, one of each prototype, found without a sequence of maxima.
 With one prototype it is Switch without jitter. Weights sum to at most k. Prototypes do not compete for places: an

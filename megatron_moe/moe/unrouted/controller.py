@@ -9,7 +9,8 @@ one-hot vector of c; backward, dm/ds is taken to be that of softmax((s + n) / te
 
 Guaranteed: one cell of each block, k = d_m / N for every token: perfectly balanced over blocks. Noise is keyed by token
 and cell. Causal: a decision reads one token only. No loss. Training computes all d_m cells, because the estimator
-needs what the others would have answered; evaluation computes only the chosen ones.
+needs what the others would have answered; evaluation sums only the chosen ones, and multiplies with their keys only
+where that is less to read than all keys, which is when fewer tokens come together than a block has cells (decoding).
 """
 
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from megatron_moe.moe.unrouted.unrouted_layer import Mixed
 from megatron_moe.parallel.collectives import gather_for_partial, reduce_scatter
 from megatron_moe.parallel.random import KeyedRandom
 
-_CHUNK = 1 << 22  # elements of a temporary: key rows copied, or draws, at a time
+_CHUNK = 1 << 22  # draws at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,13 +111,16 @@ class ControllerLayer(MemoryLayer):
 
     def _evaluate(self, given: Gathered, cells: Tensor) -> Tensor:
         """cells: (T', blocks) of this rank, in the whole memory."""
-        size = max(1, _CHUNK // max(1, cells.shape[1] * given.rows.shape[1]))
-        parts = zip(given.rows.split(size), (cells - self.first_cell).split(size), strict=True)
-        inner = torch.cat([torch.einsum("th,tkh->tk", rows, self.keys[local]) for rows, local in parts])
-        first = cells.shape[1] * torch.arange(cells.shape[0], device=cells.device)
-        return self.sum_of_values(
-            Reads((cells - self.first_cell).flatten(), first, activate(self.activation, inner.flatten()))
-        )
+        tokens, blocks = cells.shape
+        local = cells - self.first_cell
+        if tokens < self.block:
+            # fewer keys are read than there are
+            inner = torch.einsum("th,tkh->tk", given.rows, self.keys[local])
+        else:
+            inner = (given.rows @ self.keys.t()).gather(1, local)
+        first = blocks * torch.arange(tokens, device=cells.device)
+        weights = activate(self.activation, inner.flatten())
+        return self.sum_of_values(Reads(local.flatten(), first, weights))
 
 
 class _StraightThrough(Function):

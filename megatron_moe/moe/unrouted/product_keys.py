@@ -13,9 +13,9 @@ that methods can be compared; the paper's number is --moe-router-options knn=32.
 From memory: PKM-FFN (arXiv:2305.13999): product keys are the key table of a feed-forward layer, whose non-linearity
 replaces the softmax, with one head.
 
-Guaranteed: knn cells for each head and token, of equal scores the lowest; nothing is random. Causal unless
-query_norm=batch. No loss, no capacity. The paper trains the values with an Adam of their own at a constant rate, which
-this project leaves to the one optimizer.
+Guaranteed: knn cells for each head and token, of equal scores those with the better first half; nothing is random.
+Causal unless query_norm=batch. No loss, no capacity. The paper trains the values with an Adam of their own at a
+constant rate, which this project leaves to the one optimizer.
 """
 
 import math

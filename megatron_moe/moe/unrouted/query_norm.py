@@ -36,7 +36,7 @@ class BatchNorm(nn.Module):
         stats = {
             "query_mean_sum": (mean.detach() * speaks).sum(dim=0),
             "query_variance_sum": (variance.detach() * speaks).sum(dim=0),
-            "groups": speaks.sum(),
+            "query_groups": speaks.sum(),
         }
         return centred / (variance + EPSILON).sqrt()[info.groups], stats
 
@@ -47,8 +47,8 @@ class BatchNorm(nn.Module):
 
     def remember(self, stats: dict[str, Tensor]) -> None:
         """After a step: statistics summed over the global batch's groups."""
-        if float(stats["groups"]) == 0:
+        if float(stats["query_groups"]) == 0:
             return
         for running, name in ((self.running_mean, "query_mean_sum"), (self.running_variance, "query_variance_sum")):
-            found = (stats[name] / stats["groups"]).to(running)
+            found = (stats[name] / stats["query_groups"]).to(running)
             running.mul_(MOMENTUM).add_(found * (1.0 - MOMENTUM))

@@ -9,7 +9,17 @@ import pytest
 import torch
 from moe_rows import NOBODY, make_router, rows_of, token_info, tp_state, weights_of
 from ranks import run_on_ranks
-from router_checks import HIDDEN, check_edges, check_gradient, check_router, draw_tokens, informed, leaks, objective
+from router_checks import (
+    HIDDEN,
+    check_edges,
+    check_gradient,
+    check_router,
+    draw_tokens,
+    group_samples,
+    informed,
+    leaks,
+    objective,
+)
 from torch import Tensor
 
 from megatron_moe.config.errors import ConfigError
@@ -102,6 +112,7 @@ CASES: list[dict[str, Any]] = [
     {"router_type": "thor", "router_options": {"granularity": "sequence", "inference": "ensemble"}},
     {"router_type": "thor", "router_options": {"granularity": "token", "inference": "token"}},
     {"router_type": "expert_choice", "z_loss_coeff": 0.001},
+    {"router_type": "mixture_of_depths", "num_experts": 1, "router_topk": 1, "router_options": {"capacity": "0.3"}},
     {"router_type": "base", "z_loss_coeff": 0.001},
     {"router_type": "sinkhorn", "z_loss_coeff": 0.001, "expert_capacity_factor": 0.7},
     {"router_type": "sinkhorn", "router_topk": 1, "router_options": {"temperature": "0.3", "tolerance": "0"}},
@@ -126,7 +137,7 @@ each_case = pytest.mark.parametrize("fields", CASES, ids=lambda fields: f"{field
 
 
 def config_of(fields: dict[str, Any]) -> MoEConfig:
-    return MoEConfig(num_experts=4, **fields)
+    return MoEConfig(**{"num_experts": 4, **fields})
 
 
 def decide(router: Router, config: MoEConfig, axis: Axis, tokens: Tensor, info: TokenInfo) -> RoutingPlan:
@@ -160,19 +171,20 @@ def test_router_and_limit_see_the_future_exactly_when_they_say_so(fields: dict[s
     config = config_of(fields)
     router = make_router(config, HIDDEN)
     causal = router.is_causal and limit_is_causal(config, router.choices(config))
-    assert leaks(lambda tokens, info: decide(router, config, NOBODY, tokens, info)) is not causal
-    assert leaks(lambda tokens, info: router(tokens, informed(router, info))) is not router.is_causal
+    samples = group_samples(config, 2)
+    assert leaks(lambda tokens, info: decide(router, config, NOBODY, tokens, info), samples) is not causal
+    assert leaks(lambda tokens, info: router(tokens, informed(router, info)), samples) is not router.is_causal
 
 
 @each_case
 def test_evaluation_repeats_itself_whatever_the_seed(fields: dict[str, Any]) -> None:
     router = make_router(config_of(fields), HIDDEN)
-    info = token_info(8, 2, train=False)
-    tokens = draw_tokens(info)
-    first = router(tokens, informed(router, info))
-    other = router(tokens, informed(router, token_info(8, 2, train=False, seed=2)))
-    assert weights_of(first) == weights_of(other)
-    assert not first.aux_losses
+    samples = group_samples(router.config, 1)
+    first, other = (token_info(8, 2, group_samples=samples, train=False, seed=seed) for seed in (1, 2))
+    tokens = draw_tokens(first)
+    plan = router(tokens, informed(router, first))
+    assert weights_of(plan) == weights_of(router(tokens, informed(router, other)))
+    assert not plan.aux_losses
 
 
 def test_bfloat16_tokens_are_routed_in_float32() -> None:
@@ -190,9 +202,9 @@ def test_bfloat16_tokens_are_routed_in_float32() -> None:
 SPLIT = 24
 
 
-def split_info() -> TokenInfo:
+def split_info(config: MoEConfig) -> TokenInfo:
     # groups of three samples and one of a single sample, as at the end of a data set
-    return token_info(6, 4, group_samples=3, padding=[(5, 0), (5, 3), (4, 3), (0, 1)])
+    return token_info(6, 4, group_samples=group_samples(config, 3), padding=[(5, 0), (5, 3), (4, 3), (0, 1)])
 
 
 def gradient_of(loss: Tensor, leaves: list[Tensor]) -> Tensor:
@@ -212,13 +224,13 @@ def learned(router: Router, info: TokenInfo) -> list[Tensor]:
 def routed_on_rank(rank: int, world_size: int) -> list[tuple[dict[Any, float], dict[str, float], list[Any], list[Any]]]:
     """For each case: served weights, loss shares, gradient of the router, gradient of the tokens of this rank."""
     axis = tp_state(rank, world_size).tp_cp
-    info = split_info()
-    tokens = draw_tokens(info)
     # uneven, out of order, and nothing at all for rank 1
     rows = (torch.tensor([0, 2, 2, 3, 0, 2])[torch.arange(SPLIT) % 6] == rank).nonzero()[:, 0].flip(0)
     answers = []
     for fields in CASES:
         config = config_of(fields)
+        info = split_info(config)
+        tokens = draw_tokens(info)
         router = make_router(config, HIDDEN, axis=axis)
         mine = tokens[rows].requires_grad_()
         here = informed(router, rows_of(info, rows))
@@ -233,9 +245,9 @@ def routed_on_rank(rank: int, world_size: int) -> list[tuple[dict[Any, float], d
 
 def test_every_split_of_a_group_gives_the_same_plan_losses_and_gradients() -> None:
     answers = run_on_ranks(4, routed_on_rank)
-    info = split_info()
     for case, fields in enumerate(CASES):
         config = config_of(fields)
+        info = split_info(config)
         router = make_router(config, HIDDEN)
         tokens = draw_tokens(info).requires_grad_()
         known = informed(router, info)
