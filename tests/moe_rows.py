@@ -15,7 +15,7 @@ from megatron_moe.parallel.layout import materialise
 from megatron_moe.parallel.random import KeyedRandom
 from megatron_moe.parallel.state import Axis, ParallelState
 
-# six tokens' logits for four experts, whose routing routers.md works out by hand
+# six tokens' logits for four experts, whose routing was worked out by hand
 GOLDEN_LOGITS = [
     [2.0, 1.0, 0.0, -1.0],
     [1.5, 0.5, 0.4, 0.0],

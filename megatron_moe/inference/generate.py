@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megatron_moe.config.errors import ConfigError, DataError, NonFiniteError
 from megatron_moe.inference.kv_cache import ReservedCache
+from megatron_moe.inference.limits import refuse_undecodable
 from megatron_moe.inference.sampling import Sampling, choose, draw_keys
 from megatron_moe.layers.context import ForwardContext, SequenceView
 from megatron_moe.models.gpt import GPTSpec, GPTStage
@@ -62,7 +63,7 @@ class Generator:
     """Goes on from prompts. Collective: all ranks make the same calls with the same arguments.
 
     stages: this rank's, one.   spec: only ids below spec.vocab_size are chosen.   max_batch: prompts that may run
-    together.   Raises ConfigError under context parallelism.
+    together.   Raises ConfigError under context parallelism, and for a model that needs whole sequences.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class Generator:
         max_batch: int = 16,
     ) -> None:
         refuse_context_parallelism(state.cp.size)
+        refuse_undecodable(spec)
         if max_batch < 1:
             raise ConfigError(f"--batch-size {max_batch}: expected 1 or more prompts at a time.")
         (self._stage,) = stages

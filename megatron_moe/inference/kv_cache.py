@@ -1,11 +1,12 @@
 """Keys and values of the tokens so far, so that a new token costs one row instead of the whole sequence."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from megatron_moe.layers.attention import Attention
+from megatron_moe.models.depth import DepthLayer
 from megatron_moe.models.gpt import GPTStage
 
 
@@ -24,8 +25,10 @@ class ReservedCache:
         num_samples: int,
         dtype: torch.dtype,
         device: torch.device,
+        choosing: Collection[int] = (),
     ) -> None:
-        """heads: (groups, width) of this rank's part of each layer, by global index."""
+        """heads: (groups, width) of this rank's part of each layer, by global index.   choosing: those that pass some
+        tokens by."""
         self.max_length = max_length
         self._filled = dict.fromkeys(heads, 0)
 
@@ -34,15 +37,27 @@ class ReservedCache:
 
         self._keys = {layer: reserve(*shape) for layer, shape in heads.items()}
         self._values = {layer: reserve(*shape) for layer, shape in heads.items()}
+        self._kept = {
+            layer: torch.zeros(max_length, num_samples, dtype=torch.bool, device=device) for layer in choosing
+        }
 
     @classmethod
     def for_stages(
         cls, stages: Sequence[GPTStage], *, max_length: int, num_samples: int, device: torch.device
     ) -> "ReservedCache":
         """Room for the layers that this rank holds."""
-        found = [module for stage in stages for module in stage.modules() if isinstance(module, Attention)]
+        modules = [module for stage in stages for module in stage.modules()]
+        found = [module for module in modules if isinstance(module, Attention)]
+        choosing = [module.index for module in modules if isinstance(module, DepthLayer)]
         heads = {attention.index: (attention.qkv.shape[0], attention.shape.head_dim) for attention in found}
-        return cls(heads, max_length=max_length, num_samples=num_samples, dtype=stages[0].spec.dtype, device=device)
+        return cls(
+            heads,
+            max_length=max_length,
+            num_samples=num_samples,
+            dtype=stages[0].spec.dtype,
+            device=device,
+            choosing=choosing,
+        )
 
     @property
     def position(self) -> int:
@@ -54,14 +69,27 @@ class ReservedCache:
 
         Raises ValueError when they do not fit.
         """
-        start = self._filled[layer]
-        end = start + keys.shape[0]
-        if end > self.max_length:
-            raise ValueError(f"{end} tokens do not fit into a cache of {self.max_length}")
+        start, end = self._room(layer, len(keys))
         self._keys[layer][start:end] = keys
         self._values[layer][start:end] = values
         self._filled[layer] = end
         return self._keys[layer][:end], self._values[layer][:end]
+
+    def append_kept(self, layer: int, kept: Tensor) -> Tensor:
+        """Add (S, B) bool of the new tokens, whose keys follow in `append`; returns all so far, (past + S, B).
+
+        Raises ValueError when they do not fit.
+        """
+        start, end = self._room(layer, len(kept))
+        self._kept[layer][start:end] = kept
+        return self._kept[layer][:end]
+
+    def _room(self, layer: int, tokens: int) -> tuple[int, int]:
+        """Where the next tokens stand."""
+        start = self._filled[layer]
+        if start + tokens > self.max_length:
+            raise ValueError(f"{start + tokens} tokens do not fit into a cache of {self.max_length}")
+        return start, start + tokens
 
     def rewind(self, position: int) -> None:
         """Forget the tokens from `position` on, to try others. Raises ValueError for one that lies ahead."""

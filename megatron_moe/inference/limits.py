@@ -14,7 +14,10 @@ from megatron_moe.config.moe import MoEConfig
 from megatron_moe.models.gpt import GPTSpec, GPTStage
 from megatron_moe.moe.capacity import exact, expert_places, make_limit
 from megatron_moe.moe.layer import MoELayer
-from megatron_moe.moe.methods import find_method
+from megatron_moe.moe.methods import Method, find_method
+from megatron_moe.moe.routers.mixture_of_depths import UNDECODABLE
+from megatron_moe.moe.routers.options import parse_options
+from megatron_moe.moe.routers.router import Router
 from megatron_moe.parallel.state import ParallelState
 
 
@@ -22,6 +25,16 @@ def decoding_notes(spec: GPTSpec) -> list[str]:
     """What a person should know before reading text of this model; usually nothing."""
     found = [note for layer in spec.layers if layer.moe is not None for note in _notes(layer.moe)]
     return list(dict.fromkeys(found))
+
+
+def refuse_undecodable(spec: GPTSpec) -> None:
+    """Raises ConfigError for a model of which a layer needs whole sequences; the same on all ranks."""
+    for layer in spec.layers:
+        if layer.moe is None:
+            continue
+        method = find_method(layer.moe.router_type)
+        if _wraps_block(method) and parse_options(method.Options, layer.moe).inference == "top_k":
+            raise ConfigError(UNDECODABLE)
 
 
 def lift_capacity(stages: Sequence[GPTStage], state: ParallelState) -> None:
@@ -41,9 +54,14 @@ def _eval_factor(moe: MoEConfig) -> float | None:
     return moe.eval_capacity_factor if moe.eval_capacity_factor is not None else moe.expert_capacity_factor
 
 
+def _wraps_block(method: Method) -> bool:
+    return issubclass(method, Router) and method.wraps_block
+
+
 def _notes(moe: MoEConfig) -> Iterator[str]:
     router = find_method(moe.router_type)
-    if not router.is_causal:
+    # a block that may be decoded at all decides token by token
+    if not router.is_causal and not _wraps_block(router):
         yield (
             f"the router {moe.router_type} decides over tokens that it sees together; decoded one at a time they are "
             f"routed otherwise than in a whole sequence"

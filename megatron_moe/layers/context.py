@@ -15,6 +15,12 @@ class KeyValueCache(Protocol):
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Add (S, B, G, D) of the new tokens; returns all so far, (past + S, B, G, D)."""
 
+    def append_kept(self, layer: int, kept: Tensor) -> Tensor:
+        """Add (S, B) bool, which of the new tokens may be seen, before their keys; returns all so far, (past + S, B).
+
+        Only for layers that pass some tokens by.
+        """
+
 
 @dataclass(frozen=True)
 class SequenceView:

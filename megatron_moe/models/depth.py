@@ -1,6 +1,6 @@
 """A block that works for the best tokens of each sequence only.  [Mixture-of-Depths, arXiv:2404.02258]"""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -11,19 +11,11 @@ from megatron_moe.layers.context import ForwardContext, SequenceView
 from megatron_moe.models.transformer import LayerSpec, TransformerLayer, router_site
 from megatron_moe.moe.methods import build_router, find_method
 from megatron_moe.moe.plan import RoutingReport
-from megatron_moe.moe.routers.mixture_of_depths import MixtureOfDepthsRouter
+from megatron_moe.moe.routers.mixture_of_depths import UNDECODABLE, MixtureOfDepthsRouter
 from megatron_moe.moe.sparse_layer import Routed, SparseLayer
 from megatron_moe.moe.token_info import token_info
 from megatron_moe.parallel.collectives import gather_for_partial, gather_from, gather_rows, own_rows, shares, split_to
 from megatron_moe.parallel.state import ParallelState
-
-
-@dataclass(frozen=True)
-class _Chosen:
-    """Which sequence rows the block sees, the same on all ranks of tp."""
-
-    rows: Tensor  # (C, B) int64, ascending
-    valid: Tensor  # (C, B) bool: False fills a sequence that has fewer
 
 
 class DepthLayer(SparseLayer):
@@ -44,50 +36,60 @@ class DepthLayer(SparseLayer):
         return self.router
 
     def forward(self, hidden: Tensor, ctx: ForwardContext) -> Routed:
-        if ctx.cache is not None:
-            raise ConfigError(
-                "mixture_of_depths chooses other tokens of each sample as keys, which the key-value cache of decoding "
-                "cannot leave out; evaluate whole sequences instead."
-            )
+        """Raises ConfigError when tokens are decoded and the rule compares with later ones."""
+        everyone = self.router.takes_all_rows(ctx.train)
+        if ctx.cache is not None and not everyone:
+            raise ConfigError(UNDECODABLE)
         rows = hidden if ctx.sequence_parallel else split_to(hidden, self.tp)
         info = token_info(ctx, self.tp, self.index, self.group_samples)
         plan = self.router(rows.flatten(0, 1), info)
         taken = (plan.expert_ids == 0).view(rows.shape[:2])
         weights = plan.combine_weights.view(*rows.shape[:2], 1)
-        chosen = self._choose(taken, ctx)
-        added = self._added(hidden, chosen, ctx)
-        if not ctx.sequence_parallel:
-            weights = gather_from(weights, self.tp, ctx.view.num_rows)
-        out = hidden + (weights * added.to(weights.dtype)).to(hidden.dtype)
+        # what the block sees is decided on all ranks of tp alike
+        taken = gather_rows(taken.to(torch.int64), self.tp, ctx.view.num_rows)
+        update = self._update_among_all if everyone else self._update_of_chosen
+        out = hidden + update(hidden, weights, taken, ctx)
         return Routed(out, RoutingReport.of(self.index, plan, plan, info))
 
-    def _choose(self, taken: Tensor, ctx: ForwardContext) -> _Chosen:
-        """taken: (S/tp, B) bool."""
-        length = ctx.view.num_rows
-        flags = gather_rows(taken.to(torch.int64), self.tp, length)
-        count = length if self.router.takes_all_rows(ctx.train) else self.router.places(length)
-        # stable: the chosen come first, each kind in the order of the sequence
-        rows = flags.sort(dim=0, descending=True, stable=True).indices[:count]
-        return _Chosen(rows, flags.gather(0, rows) > 0)
+    def _update_of_chosen(self, hidden: Tensor, weights: Tensor, taken: Tensor, ctx: ForwardContext) -> Tensor:
+        """r · f of the chosen tokens at their places, zero elsewhere; the block sees C rows.
 
-    def _added(self, hidden: Tensor, chosen: _Chosen, ctx: ForwardContext) -> Tensor:
-        """f of the chosen tokens at their places, zero elsewhere; rows as in hidden."""
-        length, count = ctx.view.num_rows, len(chosen.rows)
-        whole = hidden
-        if ctx.sequence_parallel:
-            whole = gather_for_partial(hidden, self.tp, shares(length, self.tp.size))
-        index = chosen.rows[..., None].expand(-1, -1, hidden.shape[2])
-        picked = whole.gather(0, index)
-        if ctx.sequence_parallel:
-            picked = own_rows(picked, self.tp)
-        inner = replace(ctx, view=_view_of(chosen, ctx))
-        attended = self.block.attention(self.block.attention_norm(picked), inner)
-        added = attended + self.block.mlp(self.block.mlp_norm(picked + attended), inner)
-        if ctx.sequence_parallel:
-            added = gather_for_partial(added, self.tp, shares(count, self.tp.size))
-        added = added * chosen.valid[..., None]
-        spread = torch.zeros_like(whole).scatter(0, index, added)
-        return own_rows(spread, self.tp) if ctx.sequence_parallel else spread
+        hidden: (S/tp, B, H) under sequence parallelism, else (S, B, H), and so the answer.   weights: (S/tp, B, 1)
+        wide, zero for tokens that were not chosen.   taken: (S, B) int64, 1 for chosen ones.
+        """
+        length = ctx.view.num_rows
+        # stable: the chosen come first, in the order of the sequence; a sequence with fewer has padding behind them
+        chosen = taken.sort(dim=0, descending=True, stable=True).indices[: self.router.places(length)]
+        index = chosen[..., None].expand(-1, -1, hidden.shape[2])
+        weights = gather_from(weights, self.tp, length).gather(0, chosen[..., None])
+        inner = replace(ctx, view=_chosen_view(chosen, ctx.view))
+        if not ctx.sequence_parallel:
+            update = _scaled(weights, self._added(hidden.gather(0, index), inner))
+            return torch.zeros_like(hidden).scatter(0, index, update)
+        whole = gather_from(hidden, self.tp, length)
+        added = self._added(split_to(whole.gather(0, index), self.tp), inner)
+        update = _scaled(split_to(weights, self.tp), added)
+        # each rank goes on with other rows of it
+        update = gather_for_partial(update, self.tp, shares(len(chosen), self.tp.size))
+        return own_rows(torch.zeros_like(whole).scatter(0, index, update), self.tp)
+
+    def _update_among_all(self, hidden: Tensor, weights: Tensor, taken: Tensor, ctx: ForwardContext) -> Tensor:
+        """The same where nobody knows beforehand how many are chosen: the block sees all rows, chosen ones are keys.
+
+        Shapes as above.  The others' answers cost as much, and weigh nothing.
+        """
+        if ctx.cache is not None:
+            taken = ctx.cache.append_kept(self.index, taken > 0)
+        added = self._added(hidden, replace(ctx, view=_masked_view(taken > 0, ctx.view)))
+        if not ctx.sequence_parallel:
+            weights = gather_from(weights, self.tp, ctx.view.num_rows)
+        return _scaled(weights, added)
+
+    def _added(self, hidden: Tensor, ctx: ForwardContext) -> Tensor:
+        """f: what the block adds to its input, without the rounding of a subtraction."""
+        attended: Tensor = self.block.attention(self.block.attention_norm(hidden), ctx)
+        added: Tensor = attended + self.block.mlp(self.block.mlp_norm(hidden + attended), ctx)
+        return added
 
     def before_step(self, progress: float) -> None:
         self.router.before_step(progress)
@@ -120,15 +122,38 @@ def build_block(spec: LayerSpec, state: ParallelState) -> TransformerLayer | Dep
     return TransformerLayer(spec, state)
 
 
-def _view_of(chosen: _Chosen, ctx: ForwardContext) -> SequenceView:
-    """The chosen tokens as a sequence of their own; they keep their positions."""
-    view = ctx.view
-    segments = view.segments.gather(0, chosen.rows).masked_fill(~chosen.valid, -1)
+def _scaled(weights: Tensor, added: Tensor) -> Tensor:
+    """The product is wide, the answer in the model's dtype."""
+    return (weights * added.to(weights.dtype)).to(added.dtype)
+
+
+def _chosen_view(rows: Tensor, view: SequenceView) -> SequenceView:
+    """The tokens in these rows (C, B) as a sequence of their own; they keep their positions."""
     return replace(
         view,
-        tokens=view.tokens.gather(0, chosen.rows),
-        positions=view.positions.gather(0, chosen.rows),
-        segments=segments,
-        rows=torch.arange(len(chosen.rows), device=chosen.rows.device),
+        tokens=view.tokens.gather(0, rows),
+        positions=view.positions.gather(0, rows),
+        segments=view.segments.gather(0, rows),
+        rows=torch.arange(len(rows), device=rows.device),
+    )
+
+
+def _masked_view(taken: Tensor, view: SequenceView) -> SequenceView:
+    """All tokens so far, those that were not taken as padding; the rows of this pass stand at the end.
+
+    taken: (past + S, B) bool; what else a view tells of the past S positions is not read.
+    """
+    past = len(taken) - view.length
+
+    def after_the_past(values: Tensor) -> Tensor:
+        return nn.functional.pad(values, (0, 0, past, 0))
+
+    return replace(
+        view,
+        tokens=after_the_past(view.tokens),
+        positions=after_the_past(view.positions),
+        segments=after_the_past(view.segments).masked_fill(~taken, -1),
+        rows=view.rows + past,
         segmented=True,
+        start=0,
     )

@@ -1,25 +1,36 @@
 """Mixture-of-Depths in a whole block: exactly C tokens are worked on, the others pass unchanged, attention included."""
 
+import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from ranks import run_on_ranks
 from torch import Tensor
 
 from megatron_moe.certify.tiny_model import LENGTH, VOCAB, samples, tiny_config
 from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.parallel import ParallelConfig
+from megatron_moe.inference.generate import Generator, decoding_view
 from megatron_moe.inference.kv_cache import ReservedCache
+from megatron_moe.inference.limits import decoding_notes
+from megatron_moe.inference.sampling import Sampling
 from megatron_moe.layers.context import ForwardContext
 from megatron_moe.models.build import gpt_spec
 from megatron_moe.models.depth import DepthBlock, build_block
+from megatron_moe.models.gpt import GPTStage
 from megatron_moe.models.transformer import TransformerLayer
+from megatron_moe.models.whole import plain_context
 from megatron_moe.moe.routers.mixture_of_depths import MixtureOfDepthsRouter
 from megatron_moe.parallel.layout import materialise
 from megatron_moe.parallel.random import KeyedRandom
 from megatron_moe.parallel.state import ParallelState
+from megatron_moe.training.engine import grid_of
 from megatron_moe.training.flops import flops_per_token
+from megatron_moe.training.metrics import summarise_routing
 from megatron_moe.training.step import view_of
+from tests.inference.tiny_models import build, generator_of, greedy_by_whole_passes, tiny_run
 
 ALONE = ParallelState.alone()
 DEPTHS = {"router_type": "mixture_of_depths", "num_experts": 1, "router_topk": 1, "ffn_hidden_size": None}
@@ -74,7 +85,7 @@ def best_rows(block: DepthBlock, hidden: Tensor, ctx: ForwardContext, sample: in
 
 @pytest.mark.parametrize("train", [True, False])
 def test_chosen_tokens_pass_through_the_block_and_the_others_do_not(train: bool) -> None:
-    block, hidden = block_of(), draw(3)
+    block, hidden = block_of(inference="top_k"), draw(3)
     ctx = context([0, 1, 2], train=train)  # the first ends in padding, the second holds two documents
     found, report = block(hidden, ctx)
     for sample in range(3):
@@ -146,10 +157,105 @@ def test_what_cannot_be_is_refused() -> None:
         build_block(gpt_spec(tiny_config({**DEPTHS, "num_experts": 2}, {}, {}), VOCAB).layers[1], ALONE)
     with pytest.raises(ConfigError, match="--context-parallel-size 2 cuts sequences"):
         MixtureOfDepthsRouter.check_layout(ParallelConfig(context_parallel_size=2))
-    block = block_of()
+    with pytest.raises(ConfigError, match="--expert-tensor-parallel-size 2 has no effect"):
+        MixtureOfDepthsRouter.check_layout(ParallelConfig(expert_tensor_parallel_size=2))
+    MixtureOfDepthsRouter.check_layout(ParallelConfig(tensor_model_parallel_size=2))
+    block = block_of(inference="top_k")
     cache = ReservedCache({1: (2, 4)}, max_length=8, num_samples=1, dtype=torch.float64, device=torch.device("cpu"))
-    with pytest.raises(ConfigError, match="the key-value cache of decoding cannot leave out"):
-        block(draw(1), replace(context([2]), cache=cache))
+    with pytest.raises(ConfigError, match="inference=top_k compares a token with later ones"):
+        block(draw(1), replace(context([2], train=False), cache=cache))
+
+
+def model_of(**options: str) -> GPTStage:
+    """A whole model whose second and fourth block choose tokens; first weights are large, so that choices differ."""
+    moe = {**DEPTHS, "allow_noncausal": True, "router_options": {"capacity": "0.5", **options}}
+    run = tiny_run(moe, {"qk_layernorm": "head"})
+    (stage,) = build(run, ALONE)
+    return stage
+
+
+def logits_of(stage: GPTStage, tokens: Tensor, *, train: bool) -> Tensor:
+    """(S, B, V)."""
+    with torch.no_grad():
+        found: Tensor = stage({}, replace(plain_context(tokens), train=train)).tensors["logits"]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("inference", "train", "leaks"), [("predictor", True, True), ("predictor", False, False), ("top_k", False, True)]
+)
+def test_a_later_token_changes_earlier_logits_only_where_the_best_are_taken(
+    inference: str, train: bool, leaks: bool
+) -> None:
+    stage, tokens = model_of(inference=inference), torch.randperm(VOCAB)[None, :12]
+    before = logits_of(stage, tokens, train=train)[:-1]
+    changed = False
+    for other in range(12):
+        tokens[0, -1] = other
+        changed |= bool((logits_of(stage, tokens, train=train)[:-1] - before).abs().max() > 1e-9)
+    assert changed is leaks
+
+
+@pytest.mark.parametrize("cuts", [(1, 2, 3, 4, 5, 6, 7, 8), (3, 4, 8)], ids=["token by token", "in runs"])
+def test_decoding_with_a_cache_equals_a_whole_pass(cuts: tuple[int, ...]) -> None:
+    stage, tokens = model_of(), torch.randint(VOCAB, (3, 8))
+    wanted = logits_of(stage, tokens, train=False)
+    cache = ReservedCache.for_stages([stage], max_length=8, num_samples=3, device=torch.device("cpu"))
+    found, chosen, start = [], 0, 0
+    for stop in cuts:
+        view = decoding_view(tokens.t()[start:stop], start, torch.arange(3))
+        ctx = ForwardContext(view, KeyedRandom(0), train=False, sequence_parallel=False, cache=cache)
+        with torch.no_grad():
+            output = stage({}, ctx)
+        found.append(output.tensors["logits"])
+        chosen += int(output.reports[0].stats["tokens_per_expert"])
+        start = stop
+    torch.testing.assert_close(torch.cat(found), wanted, rtol=1e-10, atol=1e-12)
+    assert 0 < chosen < 24 and cache.position == 8
+    cache.rewind(2)
+    ctx = replace(ctx, view=decoding_view(tokens.t()[2:], 2, torch.arange(3)))
+    with torch.no_grad():
+        again = stage({}, ctx).tensors["logits"]
+    torch.testing.assert_close(again, wanted[2:], rtol=1e-10, atol=1e-12)
+
+
+def test_text_is_that_of_whole_passes_and_needs_the_predictor() -> None:
+    prompts = [[3, 1, 4, 1, 5], [9, 2, 6]]
+    stage = model_of()
+    generator = Generator([stage], ALONE, stage.spec, torch.device("cpu"))
+    found = generator.generate(prompts, 6, Sampling(greedy=True), eod_id=None, seed=7)
+    assert found == [greedy_by_whole_passes(stage, prompt, 6) for prompt in prompts]
+    assert decoding_notes(stage.spec) == []
+    other = model_of(inference="top_k")
+    with pytest.raises(ConfigError, match="train with inference=predictor"):
+        Generator([other], ALONE, other.spec, torch.device("cpu"))
+
+
+def test_what_is_reported_makes_sense_to_a_person() -> None:
+    block = block_of(inference="top_k")
+    _, report = block(draw(2), context([1, 2]))
+    layers = {1: {name: value.double() for name, value in report.stats.items()}}
+    found = summarise_routing(layers)
+    assert found is not None
+    assert (found.max_violation, found.drop_rate, found.dead_experts) == (0.0, 0.0, 0)
+    assert found.unserved_rate == 1 - 6 / 16
+    assert 0.0 < found.entropy < math.log(2)
+
+
+def decode_on_rank(rank: int, world_size: int, parallel: dict[str, Any]) -> list[list[int]]:
+    moe = {**DEPTHS, "allow_noncausal": True, "router_options": {"capacity": "0.5"}}
+    run = tiny_run(moe, {"qk_layernorm": "head"}, parallel)
+    state = ParallelState.distributed(grid_of(run, world_size))
+    return generator_of(run, state).generate(
+        [[3, 1, 4, 1, 5], [9, 2, 6]], 6, Sampling(greedy=True), eod_id=None, seed=7
+    )
+
+
+@pytest.mark.parametrize("size", ["tensor_model_parallel_size", "pipeline_model_parallel_size"])
+def test_ranks_decode_what_one_process_does(size: str) -> None:
+    stage = model_of()
+    wanted = [greedy_by_whole_passes(stage, prompt, 6) for prompt in ([3, 1, 4, 1, 5], [9, 2, 6])]
+    assert run_on_ranks(2, decode_on_rank, {size: 2}) == [wanted, wanted]
 
 
 def test_a_dense_spec_and_the_cost_of_a_block() -> None:

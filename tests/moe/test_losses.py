@@ -60,7 +60,7 @@ def test_the_worked_z_loss_gradient_comes_out() -> None:
     logits = GOLDEN.clone().requires_grad_()
     (z_loss(logits, token_info(6)) / 6).backward()
     assert logits.grad is not None
-    # routers.md prints dL/dz of a token's own term, 2 · lse · softmax / T
+    # papers print dL/dz of a token's own term, 2 · lse · softmax / T
     expected = 2 / 6 * GOLDEN.logsumexp(1, keepdim=True) * GOLDEN.softmax(1)
     torch.testing.assert_close(logits.grad, expected)
     assert logits.grad[0].tolist() == pytest.approx([0.5238, 0.1927, 0.0709, 0.0261], abs=1e-4)

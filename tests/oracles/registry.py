@@ -4,13 +4,30 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from oracles import balanced, capped_choice, causal_expert_choice, depth, memory_blocks, token_choice, unlearned
+from oracles import (
+    balanced,
+    capped_choice,
+    causal_expert_choice,
+    deepseek,
+    depth,
+    memory_blocks,
+    noisy,
+    sam,
+    token_choice,
+    unlearned,
+)
 from oracles.case import Case, Expected
 
 Oracle = Callable[[Case], Expected]
 
 ORACLES: dict[str, Oracle] = {
     "top_k": token_choice.top_k,
+    "noisy_top_k": noisy.noisy_top_k,
+    "m6_t": noisy.m6_t,
+    "remoe": noisy.remoe,
+    "sam": sam.sam,
+    "deepseek": deepseek.deepseek,
+    "deepseek_v3": deepseek.deepseek_v3,
     "switch": token_choice.switch,
     "gshard": token_choice.gshard,
     "st_moe": token_choice.st_moe,
@@ -41,6 +58,69 @@ CASES: dict[str, dict[str, Any]] = {
         **LOSSES,
     },
     "top_k-first_choice": {"router_type": "top_k", "router_options": {"balance": "first_choice"}, **LOSSES},
+    "noisy_top_k": {"router_type": "noisy_top_k", **LOSSES},
+    "noisy_top_k-fixed": {
+        "router_type": "noisy_top_k",
+        "router_pre_softmax": True,
+        "router_topk": 1,
+        "router_options": {"noise": "fixed", "noise_std": "2", "load_coeff": "0.2"},
+        "routing_group_samples": 2,
+    },
+    "m6_t": {"router_type": "m6_t", **LOSSES},
+    "remoe": {"router_type": "remoe", "router_topk": 1, "router_options": {"first_coeff": "0.05"}},
+    "sam": {"router_type": "sam", "router_options": {"groups": "2", "align_coeff": "0.1"}, **LOSSES},
+    "sam-bias": {
+        "router_type": "sam",
+        "router_options": {
+            "groups": "2",
+            "bias": "true",
+            "renormalise": "true",
+            "align_coeff": "0.1",
+            "align_reduction": "sum",
+        },
+        **LOSSES,
+    },
+    "sam-hierarchical": {
+        "router_type": "sam",
+        "router_topk": 1,
+        "router_options": {"groups": "2", "mode": "hierarchical", "expert_balance_coeff": "0.3"},
+        "routing_group_samples": 2,
+        **LOSSES,
+    },
+    "deepseek": {"router_type": "deepseek", "router_options": {"route_scale": "16"}, **LOSSES},
+    "deepseek-devices": {
+        "router_type": "deepseek",
+        "router_topk": 3,
+        "router_options": {
+            "num_groups": "4",
+            "topk_groups": "3",
+            "device_loss_coeff": "0.05",
+            "communication_loss_coeff": "0.02",
+        },
+        **LOSSES,
+    },
+    "deepseek_v3": {"router_type": "deepseek_v3", "z_loss_coeff": 0.001},
+    "deepseek_v3-groups": {
+        "router_type": "deepseek_v3",
+        "router_topk": 2,
+        "router_options": {
+            "num_groups": "2",
+            "topk_groups": "1",
+            "sequence_loss_coeff": "0.1",
+            "group_score_experts": "1",
+        },
+        "routing_group_samples": 2,
+    },
+    "deepseek_v3-softmax": {
+        "router_type": "deepseek_v3",
+        "router_options": {
+            "score": "softmax",
+            "num_groups": "4",
+            "topk_groups": "2",
+            "group_score_experts": "none",
+            "route_scale": "1",
+        },
+    },
     "switch": {"router_type": "switch", **LOSSES},
     "switch-still": {"router_type": "switch", "router_options": {"jitter_eps": "0"}, **LOSSES},
     "gshard": {"router_type": "gshard", **LOSSES},
@@ -118,7 +198,7 @@ CASES: dict[str, dict[str, Any]] = {
         "router_type": "mixture_of_depths",
         "num_experts": 1,
         "router_topk": 1,
-        "router_options": {"capacity": "0.3"},
+        "router_options": {"capacity": "0.3", "inference": "top_k"},
     },
     "mixture_of_depths-predictor": {
         "router_type": "mixture_of_depths",

@@ -3,8 +3,8 @@
 import math
 
 from oracles.case import Case, Expected
-from oracles.formulas import add_losses, best, logits_of, softmax
 from oracles.draw import bits, place, uniform, uniform_row
+from oracles.formulas import add_losses, best, logits_of, softmax
 
 
 def top_k(case: Case) -> Expected:

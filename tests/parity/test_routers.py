@@ -30,6 +30,7 @@ MAY_REFUSE = {
     ("smear", "ETP"): "all experts are merged on each rank",
     ("mixture_of_depths", "CP"): "a sequence's best tokens are chosen on one rank",
     ("mixture_of_depths", "EP"): "there is one expert, a block",
+    ("mixture_of_depths", "ETP"): "the block is split over tp",
     **{
         (name, "ETP"): "tables are split by rows over ep"
         for name in ("vanilla_memory", "low_rank_keys", "product_keys", "product_keys_ffn", "controller")

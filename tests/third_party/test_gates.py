@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from third_party.given import EXPERTS, HIDDEN, TOKENS, decide, table_of, tokens_and_weight
 
 from megatron_moe.config.moe import MoEConfig
-from third_party.given import EXPERTS, HIDDEN, TOKENS, decide, table_of, tokens_and_weight
 
 SEEDS = range(6)
 # ours is float64; some of theirs is float32 throughout

@@ -2,15 +2,17 @@
 
 Source: Raposo et al., arXiv:2404.02258, sections 3.3 to 3.5, from memory: r_t = w · x_t, the C = capacity · S tokens
 with the largest r pass through the block and get x + r · f(x), the others x; only chosen tokens are keys and values;
-capacity 0.125 in every other block; a binary cross-entropy with r as logit teaches r > 0 to mean "was chosen", which
-evaluation can use token by token. This project's reading: f is what the block's two branches add to the residual
-stream; C is rounded to the nearest and at least 1; padding is never chosen; the cross-entropy reaches the router's
-input too.
+capacity 0.125 in every other block; a binary cross-entropy with r as logit teaches r > 0 to mean "was chosen", by which
+text is then generated. The paper's other way, a small network that predicts the choice, is not offered. This project's
+reading: f is what the block's two branches add to the residual stream, so that r = 1 is the ordinary block; C is
+rounded to the nearest and at least 1; padding is never chosen; the cross-entropy reaches the router's input too, and
+weighs 0.01.
 
 Guaranteed: exactly C tokens of a sequence are worked on (fewer when it has fewer), for the rest the block is the
-identity, in attention too. Training is not causal: the choice compares with later tokens. Evaluation is causal with
-inference=predictor. One routing decision for a block, so that --num-experts is 1 and --moe-layer-freq says which
-blocks.
+identity, in attention too. Training is not causal: the choice compares with later tokens. Evaluation and generation
+with inference=predictor are causal: r > 0 asks one token. Any number of them may pass then, which shows only
+afterwards, so that the block runs for all. inference=top_k evaluates as in training, and cannot generate. One routing
+decision for a block, so that --num-experts is 1 and --moe-layer-freq (2 in the paper) says which blocks.
 """
 
 from dataclasses import dataclass, replace
@@ -26,10 +28,16 @@ from megatron_moe.config.options import option
 from megatron_moe.config.parallel import ParallelConfig
 from megatron_moe.moe.capacity import exact, expert_places
 from megatron_moe.moe.facts import Facts
+from megatron_moe.moe.losses import router_stats
 from megatron_moe.moe.plan import AuxLoss, RoutingPlan, TokenInfo
 from megatron_moe.moe.routers.group_table import group_table
 from megatron_moe.moe.routers.router import Router
 from megatron_moe.moe.unrouted.unrouted_layer import ROUTED_ONLY
+
+UNDECODABLE = (
+    "--moe-router-options inference=top_k compares a token with later ones, which are not there while text is decoded; "
+    "train with inference=predictor, which decides token by token, or evaluate whole sequences."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +47,9 @@ class MixtureOfDepthsOptions:
     capacity: float = option(0.125, "share of a sequence's tokens that the block works for", above=0, at_most=1)
     predictor_coeff: float = option(0.01, "weight of the cross-entropy that teaches r > 0 the choice", at_least=0)
     inference: str = option(
-        "top_k", "evaluation: the best of the sequence, or token by token where r > 0", choices=("top_k", "predictor")
+        "predictor",
+        "evaluation: token by token where r > 0, or the best of the sequence",
+        choices=("predictor", "top_k"),
     )
 
 
@@ -84,6 +94,11 @@ class MixtureOfDepthsRouter(Router):
                 f"runs attention among the best tokens of a whole sequence; use 1, and "
                 f"--tensor-model-parallel-size for more room."
             )
+        if parallel.expert_tensor not in (1, parallel.tensor_model_parallel_size):
+            raise ConfigError(
+                f"--expert-tensor-parallel-size {parallel.expert_tensor} has no effect: the one expert of "
+                f"mixture_of_depths is a whole block, split over --tensor-model-parallel-size; leave it out."
+            )
 
     def setup(self) -> None:
         if self.config.num_experts != 1:
@@ -91,20 +106,24 @@ class MixtureOfDepthsRouter(Router):
                 f"--num-experts {self.config.num_experts}: the one expert of mixture_of_depths is the block itself; "
                 f"use 1, with --moe-router-topk 1."
             )
+        if self.options.inference == "predictor" and not self.options.predictor_coeff:
+            raise ConfigError(
+                "--moe-router-options predictor_coeff=0 leaves the sign of r untrained, by which inference=predictor "
+                "decides; use a coefficient above 0 (0.01), or inference=top_k."
+            )
         super().setup()
 
     def forward(self, tokens: Tensor, info: TokenInfo) -> RoutingPlan:
         """tokens: (T, H), the block's input.  N = T; expert 0 is the block, 1 nobody."""
         scores = self.logits(tokens)
-        best = self._best(scores, info)
-        predicted = not info.train and self.options.inference == "predictor"
-        chosen = (scores.detach()[:, 0] > 0) if predicted else best
-        chosen = chosen & ~info.is_padding
+        predicted = self.takes_all_rows(info.train)
+        chosen = (scores.detach()[:, 0] > 0) & ~info.is_padding if predicted else self._best(scores, info)
         losses = {}
         if info.train and self.options.predictor_coeff:
-            found = F.binary_cross_entropy_with_logits(scores[:, 0], best.to(scores.dtype), reduction="none")
+            found = F.binary_cross_entropy_with_logits(scores[:, 0], chosen.to(scores.dtype), reduction="none")
             share = found.masked_fill(info.is_padding, 0.0).sum()
             losses["predictor_loss"] = AuxLoss(share, self.options.predictor_coeff, per="token")
+        said = scores.sigmoid()  # how sure r is that the token is among the best
         return RoutingPlan(
             num_tokens=len(tokens),
             num_experts=1,
@@ -112,6 +131,7 @@ class MixtureOfDepthsRouter(Router):
             expert_ids=(~chosen).to(torch.int64),
             combine_weights=scores[:, 0].masked_fill(~chosen, 0.0),
             aux_losses=losses,
+            stats=router_stats(torch.cat([said, 1.0 - said], dim=1), info),
         )
 
     def places(self, length: int) -> int:

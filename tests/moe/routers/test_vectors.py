@@ -23,7 +23,7 @@ FILES = sorted(FOLDER.glob("*.json"))
 def hold(plan: RoutingPlan, expected: Expected, tolerance: float) -> None:
     """The same pairs, weights and losses."""
     assert weights_of(plan) == pytest.approx(expected.pairs, rel=tolerance, abs=tolerance)
-    found = {name: (loss.share.item(), loss.weight, loss.per) for name, loss in plan.aux_losses.items()}
+    found = {name: (loss.share.item(), float(loss.weight), loss.per) for name, loss in plan.aux_losses.items()}
     assert found.keys() == expected.losses.keys()
     for name, (share, weight, per) in expected.losses.items():
         assert found[name][0] == pytest.approx(share, rel=tolerance, abs=tolerance), name

@@ -107,3 +107,20 @@ def test_scores_start_about_as_large_with_short_keys() -> None:
         whole = keys if name == "vanilla_memory" else keys @ layer.get_parameter("down")
         sizes.append(whole.std().item())
     assert sizes == pytest.approx([0.5, 0.5], rel=0.1)
+
+
+@pytest.mark.parametrize("name", ["vanilla_memory", "low_rank_keys"])
+def test_bfloat16_cells_are_scored_in_float32(name: str) -> None:
+    # 128.5 is 128 in bfloat16, where the first cell would win
+    options = {"active_cells": "1", **({"rank": "2"} if name == "low_rank_keys" else {})}
+    layer = make_memory(
+        {"router_type": name, "activation": "relu", "router_options": options}, hidden=2, dtype=torch.bfloat16
+    )
+    fill(
+        layer, keys=[[128.0, 0.0]] * 9 + [[128.0, 0.5]] + [[0.0, 0.0]] * 6, values=[[float(c), 1.0] for c in range(16)]
+    )
+    if name == "low_rank_keys":
+        fill(layer, down=torch.eye(2))
+    answers = ask(layer, torch.ones(1, 2, dtype=torch.bfloat16)).answers
+    assert answers.dtype == torch.bfloat16
+    assert answers[0, 0].item() == pytest.approx(9 * 128.5, rel=0.01)
