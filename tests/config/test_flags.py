@@ -60,7 +60,7 @@ def test_every_option_has_a_help_text_with_its_default() -> None:
     assert all(len(setting.option.help) > 5 for setting in all_settings().values())
     for sentence in ("query heads in a layer (required)", "0.01 in Switch", "(default false)", "(default cosine)"):
         assert sentence in text
-    # an option that is unset has no default to show; three "none" are choices (norm of queries, expert bias, extra layer)
+    # an option that is unset has no default to show; three are choices: norms, expert bias, extra layer
     assert text.count("(default none)") == 3
     assert "(default [])" not in text and "(default {})" not in text
 

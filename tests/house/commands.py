@@ -15,6 +15,11 @@ def commands(markdown: str) -> list[str]:
     return [line for line in stripped if line and not line.startswith("#")]
 
 
+def file_of(word: str) -> str:
+    """Without the test of file::test, or the class of file.py:Class."""
+    return re.sub(r"\.py:\w+$", ".py", word.split("::")[0])
+
+
 def missing(command: str, root: Path, extras: set[str]) -> list[str]:
     """Files of this repository, modules run with -m and extras of the package that the command names in vain."""
     found = []
@@ -25,7 +30,7 @@ def missing(command: str, root: Path, extras: set[str]) -> list[str]:
             path = root / word.replace(".", "/")
             if not (path.with_suffix(".py").is_file() or path.is_dir()):
                 found.append(word)
-        elif word.removeprefix("./").startswith(OURS) and not (root / word.split("::")[0]).exists():
+        elif word.removeprefix("./").startswith(OURS) and not (root / file_of(word)).exists():
             found.append(word)
         elif named := re.fullmatch(r"(?:\.|megatron_moe)\[([\w,]+)\]", word):
             found += [f"[{extra}]" for extra in named[1].split(",") if extra not in extras]

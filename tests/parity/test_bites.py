@@ -6,18 +6,18 @@ from typing import Any
 
 import pytest
 import torch
-from parity.tiny_runs import (
+from ranks import run_on_ranks
+
+from megatron_moe.certify.tiny_model import tiny_config
+from megatron_moe.certify.tiny_run import (
     TOLERANCE,
     Outcome,
     RankOutcome,
     alone,
     outcome_of,
-    tiny_config,
     train_tiny,
     worst_difference,
 )
-from ranks import run_on_ranks
-
 from megatron_moe.layers import norm
 from megatron_moe.layers.attention import GatheredAttention
 from megatron_moe.moe import losses

@@ -3,41 +3,13 @@
 from typing import Any
 
 import pytest
-from parity.tiny_runs import TOLERANCE, Outcome, alone, outcome_of, run_all, tiny_config, worst_difference
 from ranks import run_on_ranks
 
+from megatron_moe.certify.layouts import EP, ETP, LAYOUTS
+from megatron_moe.certify.tiny_model import tiny_config
+from megatron_moe.certify.tiny_run import TOLERANCE, Outcome, alone, outcome_of, run_all, worst_difference
+
 Tables = dict[str, Any]
-
-TP, PP, CP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"
-EP, ETP = "expert_model_parallel_size", "expert_tensor_parallel_size"
-
-# layout -> (ranks, options, samples in a microbatch)
-LAYOUTS: dict[str, tuple[int, Tables, int]] = {
-    "micro-batches of 2": (1, {}, 2),
-    "micro-batches of 4": (1, {}, 4),
-    "recomputation": (1, {"recompute_granularity": "full"}, 1),
-    "TP 2 with sequence parallelism": (2, {TP: 2}, 1),
-    "TP 2": (2, {TP: 2, "sequence_parallel": False}, 2),
-    "CP 2": (2, {CP: 2}, 1),
-    "PP 2": (2, {PP: 2}, 1),
-    "PP 2 sequential": (2, {PP: 2, "pipeline_schedule": "sequential"}, 2),
-    "PP 2 split backward": (2, {PP: 2, "pipeline_schedule": "1f1b_split"}, 1),
-    "EP 2": (2, {EP: 2}, 1),
-    "ETP 2": (2, {ETP: 2}, 1),
-    "DP 2 with ZeRO-1": (2, {}, 1),
-    "DP 2 without ZeRO-1": (2, {"use_distributed_optimizer": False}, 2),
-    "EP 2 folded over TP 2": (2, {TP: 2, EP: 2, ETP: 1}, 1),
-    "EP 4": (4, {EP: 4}, 1),
-    "TP 2 x CP 2": (4, {TP: 2, CP: 2}, 2),
-    "EP 2 x ETP 2": (4, {EP: 2, ETP: 2}, 1),
-    "TP 2 x PP 2 x EP 2": (8, {TP: 2, PP: 2, EP: 2, ETP: 1}, 1),
-    "TP 2 x PP 2 x EP 2 x ETP 2": (8, {TP: 2, PP: 2, EP: 2, ETP: 2}, 2),
-    "TP 2 x PP 2 x EP 2, recomputation, split backward": (
-        8,
-        {TP: 2, PP: 2, EP: 2, ETP: 1, "recompute_granularity": "full", "pipeline_schedule": "1f1b_split"},
-        1,
-    ),
-}
 
 # what is trained: router, its options, and a model that differs in everything else, so that all parts are met
 LOSSES = {"aux_loss_coeff": 0.01, "z_loss_coeff": 0.001}
@@ -101,6 +73,71 @@ MODELS: dict[str, tuple[Tables, Tables]] = {
         },
         {},
     ),
+    "sam, hierarchical with places for groups": (
+        {
+            "router_type": "sam",
+            "num_experts": 8,
+            "expert_capacity_factor": 0.8,
+            "token_drop_policy": "probs",
+            "router_options": {"groups": "2", "mode": "hierarchical"},
+            **LOSSES,
+        },
+        {},
+    ),
+    "sam with an alignment loss": (
+        {
+            "router_type": "sam",
+            "num_experts": 8,
+            "router_options": {"groups": "4", "align_coeff": "0.1"},
+            "shared_expert_intermediate_size": 8,
+            **LOSSES,
+        },
+        {"activation": "gelu"},
+    ),
+    "deepseek_v3 with groups": (
+        {
+            "router_type": "deepseek_v3",
+            "num_experts": 8,
+            "router_topk": 3,
+            "routing_group_samples": 2,
+            "router_options": {
+                "num_groups": "4",
+                "topk_groups": "2",
+                "bias_update_rate": "0.05",
+                "sequence_loss_coeff": "0.1",
+            },
+        },
+        {},
+    ),
+    "deepseek with devices": (
+        {
+            "router_type": "deepseek",
+            "num_experts": 8,
+            "router_topk": 3,
+            "expert_capacity_factor": 1.0,
+            "router_options": {
+                "num_groups": "4",
+                "topk_groups": "2",
+                "device_loss_coeff": "0.05",
+                "communication_loss_coeff": "0.02",
+            },
+            **LOSSES,
+        },
+        {},
+    ),
+    "avg_k, live keys": (
+        {
+            "router_type": "avg_k",
+            "num_experts": 8,
+            "router_topk": 3,
+            "ffn_hidden_size": 4,
+            "router_options": {"gate_weight": "softmax", "key_source": "live"},
+            **LOSSES,
+        },
+        {},
+    ),
+    "thor, two passes": ({"router_type": "thor", "consistency_coeff": 5.0}, {}),
+    "remoe": ({"router_type": "remoe", "router_topk": 1, "router_options": {"first_coeff": "0.05"}}, {}),
     "dense": ({"num_experts": 0}, {}),
 }
 DISPATCHERS = ("alltoall", "allgather", "one_per_rank")
@@ -108,9 +145,10 @@ DISPATCHERS = ("alltoall", "allgather", "one_per_rank")
 
 def _fits(model: str, layout: str) -> bool:
     """A routing group of two samples needs microbatches of two; a dense model has no experts to split."""
-    _, options, micro_batch = LAYOUTS[layout]
+    known = LAYOUTS[layout]
     group = MODELS[model][0].get("routing_group_samples", 1)
-    return micro_batch % group == 0 and not (model == "dense" and (EP in options or ETP in options))
+    splits_experts = EP in known.parallel or ETP in known.parallel
+    return known.micro_batch_size % group == 0 and not (model == "dense" and splits_experts)
 
 
 def _config(model: str, options: Tables, micro_batch: int, dispatcher: str = "auto") -> Any:
@@ -130,11 +168,13 @@ def wanted() -> dict[str, Outcome]:
 def test_every_layout_equals_one_process(world_size: int, wanted: dict[str, Outcome]) -> None:
     cases = [
         (model, layout)
-        for layout, (ranks, _, _) in LAYOUTS.items()
+        for layout, known in LAYOUTS.items()
         for model in MODELS
-        if ranks == world_size and _fits(model, layout)
+        if known.ranks == world_size and _fits(model, layout)
     ]
-    configs = [_config(model, LAYOUTS[layout][1], LAYOUTS[layout][2]) for model, layout in cases]
+    configs = [
+        _config(model, dict(LAYOUTS[layout].parallel), LAYOUTS[layout].micro_batch_size) for model, layout in cases
+    ]
     answers = run_on_ranks(world_size, run_all, configs)
     for number, (model, layout) in enumerate(cases):
         found = outcome_of([rank[number] for rank in answers])

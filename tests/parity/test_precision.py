@@ -3,8 +3,10 @@
 from typing import Any
 
 import pytest
-from parity.tiny_runs import Outcome, alone, outcome_of, run_all, tiny_config
 from ranks import run_on_ranks
+
+from megatron_moe.certify.tiny_model import tiny_config
+from megatron_moe.certify.tiny_run import Outcome, alone, outcome_of, run_all
 
 LOSSES = {"aux_loss_coeff": 0.01, "z_loss_coeff": 0.001}
 MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {

@@ -86,8 +86,8 @@ def test_a_run_learns_reports_and_repeats_itself(text: Text) -> None:
     assert run(SWITCH, SMOKE, 0, text)["loss"] == found["loss"] != run(SWITCH, SMOKE, 1, text)["loss"]
     dense = run(DENSE, SMOKE, 0, text)
     assert dense["rows_per_token"] is None
-    # one of two layers has a router of eight rows: three passes of two FLOPs for each of its weights
-    assert found["flops_per_token"] - dense["flops_per_token"] == 3 * 2 * 8 * 32
+    # both layers have a router of eight rows: three passes of two FLOPs for each of their weights
+    assert found["flops_per_token"] - dense["flops_per_token"] == 3 * 2 * 2 * 8 * 32
     assert dense["flops_per_token"] == flops_per_token(config_of(DENSE, SMOKE, 0), 256)
 
 

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from parity.tiny_runs import VOCAB, samples, tiny_config
 
+from megatron_moe.certify.tiny_model import VOCAB, samples, tiny_config
 from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.run import RunConfig
 from megatron_moe.layers.attention import Attention

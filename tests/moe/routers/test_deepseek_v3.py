@@ -5,12 +5,13 @@ from typing import Any
 import pytest
 import torch
 from moe_rows import NOBODY, make_router, rows_of, token_info, tp_state, weights_of
-from parity.tiny_runs import outcome_of, run_all, tiny_config
 from ranks import run_on_ranks
 from torch import Tensor
 from transformers.models.deepseek_v3.configuration_deepseek_v3 import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
+from megatron_moe.certify.tiny_model import tiny_config
+from megatron_moe.certify.tiny_run import outcome_of, run_all
 from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.moe import MoEConfig
 from megatron_moe.moe.methods import build_router
