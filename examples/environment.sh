@@ -128,7 +128,7 @@ install_package() {
     local extra=$1 venv=$2 torch_index=$3 found options=()
     cp "$REPOSITORY/.constraints.txt" "$venv/constraints.txt" || return
     # other people's routers want the transformers that setup.py names for them
-    [[ $extra != peers ]] || sed -i '/^transformers==/d' "$venv/constraints.txt" || return
+    [[ $extra != peers ]] || sed -i -E '/^(transformers|tokenizers)==/d' "$venv/constraints.txt" || return
     if found=$(find_torch "$venv/bin/python"); then
         sed -i "s/^torch==.*/torch==${found%% *}/" "$venv/constraints.txt" || return
     elif [[ -n $torch_index ]]; then

@@ -1,0 +1,116 @@
+"""Soft MoE against loops: slots are means of tokens, answers means of slots, a group for itself, padding nowhere."""
+
+import math
+
+import pytest
+import torch
+from moe.unrouted.soft_layers import EXPERTS, HIDDEN, answers, draw, expert_by_hand, make_layer
+from moe_rows import token_info
+from torch import Tensor
+
+from megatron_moe.moe.plan import TokenInfo
+from megatron_moe.moe.unrouted.soft_moe import SoftMoELayer
+
+
+def soft(slots: int = 2, **fields: object) -> SoftMoELayer:
+    layer = make_layer("soft_moe", router_options={"slots": str(slots)}, **fields)
+    assert isinstance(layer, SoftMoELayer)
+    with torch.no_grad():
+        layer.scale.fill_(2.5)
+    return layer
+
+
+def by_loops(layer: SoftMoELayer, tokens: Tensor, info: TokenInfo) -> Tensor:
+    """The paper's formulas, one group after the other."""
+    slots = layer.options.slots
+    unit = [phi / phi.norm() for phi in layer.phi]
+    out = torch.zeros_like(tokens)
+    for group in range(info.num_groups):
+        rows = [t for t in range(len(tokens)) if info.groups[t] == group and not info.is_padding[t]]
+        logits = {t: [float(layer.scale) * float(tokens[t] / tokens[t].norm() @ phi) for phi in unit] for t in rows}
+        outputs = []
+        for m in range(EXPERTS * slots):
+            powers = {t: math.exp(logits[t][m]) for t in rows}
+            mean = sum((powers[t] * tokens[t] for t in rows), torch.zeros(HIDDEN).double()) / sum(powers.values())
+            outputs.append(expert_by_hand(layer, m // slots, mean))
+        for t in rows:
+            powers_of_slots = [math.exp(value) for value in logits[t]]
+            for power, output in zip(powers_of_slots, outputs, strict=True):
+                out[t] += power / sum(powers_of_slots) * output
+    return out
+
+
+@pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad")
+@pytest.mark.parametrize("group_samples", [1, 2])
+def test_it_is_the_papers_formula(group_samples: int) -> None:
+    info = token_info(5, 3, group_samples=group_samples, padding=[(4, 0), (0, 2)])
+    tokens = draw(15)
+    layer = soft(routing_group_samples=group_samples)
+    found = answers(layer, tokens, info, samples=3)
+    real = ~info.is_padding
+    torch.testing.assert_close(found[real], by_loops(layer, tokens, info)[real])
+
+
+def test_the_worked_example_without_norms() -> None:
+    logits = torch.tensor([[1.0, 0.0], [0.0, 2.0], [-1.0, 0.5]])
+    tokens = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+    dispatch, combine = logits.softmax(dim=0), logits.softmax(dim=1)
+    slots = dispatch.t() @ tokens
+    answer = combine @ (slots * torch.tensor([[2.0], [3.0]]))
+    torch.testing.assert_close(
+        answer, torch.tensor([[1.3172, 1.2159], [0.8773, 2.4590], [0.9228, 2.3305]]), atol=1e-4, rtol=1e-4
+    )
+
+
+def test_equal_tokens_get_equal_answers_and_padding_no_say() -> None:
+    info = token_info(4, 1, padding=[(3, 0)])
+    tokens = draw(4)
+    tokens[1] = tokens[0]
+    layer = soft()
+    found = answers(layer, tokens, info, samples=1)
+    torch.testing.assert_close(found[0], found[1])
+    changed = tokens.clone()
+    changed[3] *= 7.0
+    torch.testing.assert_close(answers(layer, changed, info, samples=1)[:3], found[:3])
+
+
+def test_gradients_are_those_of_finite_differences() -> None:
+    layer, info = soft(), token_info(3, 2, padding=[(2, 1)])
+    names = [name for name, _ in layer.named_parameters()]
+
+    def value(tokens: Tensor, *given: Tensor) -> Tensor:
+        named = {f"layer.{name}": value for name, value in zip(names, given, strict=True)}
+        found = torch.func.functional_call(_Asked(layer, info), named, (tokens,))
+        return (found * torch.sin(torch.arange(float(HIDDEN)))).sum()
+
+    assert torch.autograd.gradcheck(value, (draw(6).requires_grad_(), *layer.parameters()))
+
+
+class _Asked(torch.nn.Module):
+    """The layer as a function of its tokens."""
+
+    def __init__(self, layer: SoftMoELayer, info: TokenInfo) -> None:
+        super().__init__()
+        self.layer = layer
+        self.info = info
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return answers(self.layer, tokens, self.info, samples=2)
+
+
+def test_noise_is_drawn_in_training_only_and_by_token() -> None:
+    layer = make_layer("soft_moe", router_options={"slots": "2", "noise_std": "1.0"})
+    tokens = draw(4)
+    first = answers(layer, tokens, token_info(4), samples=1)
+    assert torch.equal(first, answers(layer, tokens, token_info(4), samples=1))
+    assert not torch.equal(first, answers(layer, tokens, token_info(4, seed=2), samples=1))
+    quiet = answers(layer, tokens, token_info(4, train=False), samples=1)
+    assert torch.equal(quiet, answers(layer, tokens, token_info(4, train=False, seed=2), samples=1))
+    assert layer.is_random and not soft().is_random
+
+
+def test_a_group_without_tokens_and_one_token() -> None:
+    layer = soft()
+    nothing = token_info(3, 1, padding=[(0, 0), (1, 0), (2, 0)])
+    assert answers(layer, draw(3), nothing, samples=1).isfinite().all()
+    assert answers(layer, draw(1), token_info(1), samples=1).isfinite().all()
