@@ -20,7 +20,7 @@ def test_answers_of_product_key_memory(seed: int) -> None:
     options = {"heads": str(HEADS), "key_dim": str(2 * HALF), "knn": str(KNN), "query_norm": "none"}
     ours = make_memory({"router_type": "product_keys", "router_options": options})
     with torch.no_grad():
-        # theirs: (half, head, width, H) and (head, n, half, width); ours: (head, half, width, H), (head, half, n, width)
+        # theirs: (half, head, width, H), (head, n, half, width); ours: (head, half, width, H), (head, half, n, width)
         queries = theirs.to_queries.weight.view(2, HEADS, HALF, HIDDEN).transpose(0, 1)
         ours.get_parameter("query").copy_(queries.reshape(-1, HIDDEN))
         ours.get_parameter("sub_keys").copy_(theirs.keys.transpose(1, 2))
