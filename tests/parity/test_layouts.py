@@ -9,6 +9,9 @@ from megatron_moe.certify.layouts import EP, ETP, LAYOUTS
 from megatron_moe.certify.tiny_model import tiny_config
 from megatron_moe.certify.tiny_run import TOLERANCE, Outcome, alone, outcome_of, run_all, worst_difference
 
+# all models of a world size in one process start: minutes, not seconds
+pytestmark = pytest.mark.timeout(1200)
+
 Tables = dict[str, Any]
 
 # what is trained: router, its options, and a model that differs in everything else, so that all parts are met

@@ -18,6 +18,9 @@ from megatron_moe.moe.routers.router import Router
 from megatron_moe.report.router_list import example_fields
 from megatron_moe.training.validate import validate
 
+# all models of a world size in one process start: minutes, not seconds
+pytestmark = pytest.mark.timeout(1200)
+
 Fields = dict[str, Any]
 
 AXES = (
