@@ -12,4 +12,4 @@ def run_on_ranks(world_size: int, check: Callable[..., Any], *arguments: Any) ->
     with warnings.catch_warnings():
         # Python 3.12 warns of forking beside threads; the children use none of them
         warnings.simplefilter("ignore", DeprecationWarning)
-        return fork_ranks(world_size, check, *arguments)
+        return fork_ranks(world_size, check, *arguments, timeout_s=1000.0)
