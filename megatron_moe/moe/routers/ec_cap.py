@@ -9,9 +9,9 @@ This project's reading. A is fractional here and there, so the final choice of t
 more than b experts; strict_cap takes the excess away and fills up, which the paper does not do. C is rounded as in
 expert_choice. In a group so small that C, at least 1, does not fit (E · C > b · tokens) the cap is the least that does.
 A score that is not finite counts as 0. Ties go to the earliest token.
-With the paper's lambda the program is not solved yet after 100 iterations (rows of A measured up to half a token short in
-groups of 8, a fifth of one in groups of 512; entropy=0.02 or iterations=1000 solves it), and its time is above that of a
-small layer for 4,096 tokens and 64 experts.
+With the paper's lambda the program is not solved yet after 100 iterations (rows of A measured up to half a token
+short in groups of 8, a fifth of one in groups of 512; entropy=0.02 or iterations=1000 solves it), and its time is
+above that of a small layer for 4,096 tokens and 64 experts.
 
 Guaranteed: every expert has exactly C different tokens of each group; with strict_cap no token has more than b experts,
 without it few have. Not causal: whether a token is taken depends on later tokens, and on other sequences of its group,
