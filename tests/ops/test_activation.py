@@ -21,6 +21,7 @@ FORMULAS: dict[str, Callable[..., float]] = {
     "swiglu": lambda gate, up: silu(gate) * up,
     "geglu": lambda gate, up: gelu(gate) * up,
     "gelu": gelu,
+    "relu": lambda value: max(0.0, value),
 }
 
 

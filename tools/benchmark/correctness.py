@@ -160,7 +160,7 @@ def check_rotary(dtype: str, record: Recorder) -> None:
 
 
 def check_activations(dtype: str, record: Recorder) -> None:
-    """SwiGLU, GEGLU and GELU from their definitions."""
+    """All activations from their definitions."""
 
     def gelu(x: Tensor) -> Tensor:
         return x * 0.5 * (1 + torch.erf(x / math.sqrt(2.0)))
@@ -169,6 +169,7 @@ def check_activations(dtype: str, record: Recorder) -> None:
         "swiglu": lambda inner: inner[:, 0] / (1 + torch.exp(-inner[:, 0])) * inner[:, 1],
         "geglu": lambda inner: gelu(inner[:, 0]) * inner[:, 1],
         "gelu": lambda inner: gelu(inner[:, 0]),
+        "relu": lambda inner: inner[:, 0].clamp(min=0.0),
     }
     rows, width = (5, 8) if record.quick else (512, 256)
     for name, (branches, function) in ACTIVATIONS.items():
