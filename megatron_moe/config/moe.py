@@ -6,6 +6,16 @@ from typing import ClassVar
 from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.options import check_values, option
 
+# what changes nothing without --moe-expert-capacity-factor
+PLACES = (
+    "eval_capacity_factor",
+    "token_drop_policy",
+    "capacity_includes_k",
+    "capacity_rounding",
+    "min_capacity",
+    "slot_priority",
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class MoEConfig:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_moe.config.errors import ConfigError
+from megatron_moe.config.moe import PLACES
 from megatron_moe.config.sections import Sections, all_settings
 from megatron_moe.config.values import written
 
@@ -23,17 +24,7 @@ class Rule:
     because: str
 
 
-CAPACITY = tuple(
-    f"moe.{name}"
-    for name in (
-        "eval_capacity_factor",
-        "token_drop_policy",
-        "capacity_includes_k",
-        "capacity_rounding",
-        "min_capacity",
-        "slot_priority",
-    )
-)
+CAPACITY = tuple(f"moe.{name}" for name in PLACES)
 WSD = ("optimizer.lr_wsd_decay_iters", "optimizer.lr_wsd_decay_style")
 DECAY = ("optimizer.min_lr", "optimizer.lr_decay_iters")
 ROTARY = ("model.rotary_base", "model.rotary_percent")

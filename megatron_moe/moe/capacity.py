@@ -11,10 +11,13 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from megatron_moe.config.moe import MoEConfig
+from megatron_moe.config.moe import PLACES, MoEConfig
 from megatron_moe.moe.plan import RoutingPlan, TokenInfo
 from megatron_moe.parallel.collectives import gather_counts
 from megatron_moe.parallel.state import Axis
+
+# fields of MoEConfig that say nothing to a rule which fills its experts evenly by itself
+FILLED = ("router_pre_softmax", "aux_loss_coeff", "expert_capacity_factor", *PLACES)
 
 Limit = Callable[[RoutingPlan, TokenInfo], RoutingPlan]
 

@@ -15,11 +15,12 @@ def expert_choice_position(case: Case) -> Expected:
         rows = case.real_tokens(group)
         for position in sorted({int(case.info["positions"][t]) for t in rows}):
             rivals = [t for t in rows if case.info["positions"][t] == position]
-            # Python rounds halves to the even, as the router does
             exact = Fraction(str(case.options["capacity"])) * len(rivals) / case.num_experts
+            # Python rounds halves to the even, as the router does
+            places = round(exact) if case.options["rounding"] == "round" else int(exact)
             for e in range(case.num_experts):
                 order = sorted(rivals, key=lambda t: (-scores[t][e], case.info["sequences"][t]))
-                found.pairs |= {(t, e): scores[t][e] for t in order[: max(round(exact), 1)]}
+                found.pairs |= {(t, e): scores[t][e] for t in order[: max(places, 1)]}
     add_losses(found, case, logits, scores, None)
     return found
 

@@ -150,7 +150,7 @@ CASES: dict[str, dict[str, Any]] = {
     "expert_choice_position-three": {
         "router_type": "expert_choice_position",
         "routing_group_samples": 3,
-        "router_options": {"capacity": "2.5"},
+        "router_options": {"capacity": "2.5", "rounding": "floor"},
     },
     "expert_choice_threshold": {"router_type": "expert_choice_threshold", "z_loss_coeff": 0.001},
     # with the paper's lambda, 100 iterations end too early in groups this small: two tokens may stand level, and the

@@ -25,6 +25,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from megatron_moe.config.moe import MoEConfig
+from megatron_moe.moe.capacity import FILLED
 from megatron_moe.moe.facts import Facts
 from megatron_moe.moe.losses import router_stats
 from megatron_moe.moe.plan import RoutingPlan, TokenInfo
@@ -49,18 +50,7 @@ class BaseRouter(Router):
         capacity="exactly T/E in training, dropless in evaluation",
         good_for="perfect balance in training without a loss or a coefficient; one expert for each token",
     )
-    unused_fields: ClassVar[tuple[str, ...]] = (
-        "router_topk",
-        "router_pre_softmax",
-        "aux_loss_coeff",
-        "expert_capacity_factor",
-        "eval_capacity_factor",
-        "token_drop_policy",
-        "capacity_includes_k",
-        "capacity_rounding",
-        "min_capacity",
-        "slot_priority",
-    )
+    unused_fields: ClassVar[tuple[str, ...]] = ("router_topk", *FILLED)
 
     def setup(self) -> None:
         self.weight = self.new_weight((self.config.num_experts, self.hidden_size), _ROW_LENGTH / self.hidden_size**0.5)

@@ -20,38 +20,30 @@ in training and in evaluation. Do not use it in a decoder, except to study that 
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from megatron_moe.config.errors import ConfigError
-from megatron_moe.config.moe import MoEConfig
 from megatron_moe.config.options import option
-from megatron_moe.moe.capacity import exact, expert_places
 from megatron_moe.moe.facts import Facts
-from megatron_moe.moe.losses import router_stats
-from megatron_moe.moe.plan import RoutingPlan, TokenInfo
+from megatron_moe.moe.plan import TokenInfo
 from megatron_moe.moe.routers.entropy_program import capped_wishes, within_cap
-from megatron_moe.moe.routers.expert_plan import plan_from_takers
+from megatron_moe.moe.routers.expert_choice import ExpertChoiceOptions, ExpertChoiceRouter
 from megatron_moe.moe.routers.group_table import group_table
-from megatron_moe.moe.routers.options import parse_options
-from megatron_moe.moe.routers.router import Router
 
 
 @dataclass(frozen=True, kw_only=True)
-class ECCapOptions:
+class ECCapOptions(ExpertChoiceOptions):
     """What ec_cap alone can be told."""
 
-    capacity: float = option(2.0, "c: experts per token on average", above=0)
-    rounding: str = option("floor", "how T·c/E becomes a whole number of tokens", choices=("floor", "round"))
     cap: int = option(2, "b: most experts of a token; 2 and 3 in the paper", at_least=1)
     strict_cap: bool = option(False, "no token over the cap at all, where the paper's rounding leaves a few")
     entropy: float = option(0.001, "lambda: weight of the entropy that smoothes the linear program", above=0)
     iterations: int = option(100, "most iterations of the solver", at_least=1)
 
 
-class ECCapRouter(Router):
+class ECCapRouter(ExpertChoiceRouter):
     """See the file's first lines."""
 
     Options = ECCapOptions
@@ -64,18 +56,6 @@ class ECCapRouter(Router):
         weights="raw score",
         capacity="exactly T·c/E, c = 2; at most b experts per token",
         good_for="encoders: perfect balance, and a bound on what one token may cost",
-    )
-    unused_fields: ClassVar[tuple[str, ...]] = (
-        "router_topk",
-        "router_pre_softmax",
-        "aux_loss_coeff",
-        "expert_capacity_factor",
-        "eval_capacity_factor",
-        "token_drop_policy",
-        "capacity_includes_k",
-        "capacity_rounding",
-        "min_capacity",
-        "slot_priority",
     )
     options: ECCapOptions
 
@@ -93,33 +73,14 @@ class ECCapRouter(Router):
                 f"--moe-router-type expert_choice."
             )
 
-    @classmethod
-    def choices(cls, config: MoEConfig) -> int:
-        """Assignments of one token on average, rounded up; no limit follows, so none is computed from it."""
-        capacity: float = parse_options(cls.Options, config).capacity
-        return math.ceil(capacity)
-
-    def forward(self, tokens: Tensor, info: TokenInfo) -> RoutingPlan:
-        """tokens: (T, H).  N = num_groups · E · C on every rank; what falls to other ranks' tokens is nobody's here."""
-        logits = self.logits(tokens)
-        scores = logits.softmax(dim=1)
-        rows, taken = self._choose(scores.detach(), info)
-        losses = self.aux_losses(logits, scores, None, info)
-        return plan_from_takers(scores, rows, taken, aux_losses=losses, stats=router_stats(scores, info))
-
-    def _places(self, tokens: Tensor) -> Tensor:
-        """C of groups with so many tokens."""
-        share = exact(self.options.capacity) / self.config.num_experts
-        return expert_places(tokens, share=share, rounding=self.options.rounding, at_least=1)
-
-    def _choose(self, scores: Tensor, info: TokenInfo) -> tuple[Tensor, Tensor]:
+    def choose(self, scores: Tensor, info: TokenInfo) -> tuple[Tensor, Tensor]:
         """Both (num_groups, E, C): the tokens of each expert, as local rows, and whether it takes them.
 
         C is that of a whole group without padding; a row outside 0..T-1 belongs to another rank.
         """
         table = group_table(scores.nan_to_num(0.0), info, self.group_axis, absent=0.0)
-        most = int(self._places(torch.tensor(info.group_size)))  # on the host: nothing waits
-        takes = self._places(info.group_tokens)
+        most = int(self.places(torch.tensor(info.group_size)))  # on the host: nothing waits
+        takes = self.places(info.group_tokens)
         least_cap = -(-takes * self.config.num_experts // info.group_tokens.clamp(min=1))
         cap = least_cap.clamp(min=self.options.cap)
         wishes = capped_wishes(

@@ -9,35 +9,27 @@ Guaranteed: at each position every expert has the same load. Causal: a token com
 depends on the other sequences of its routing group (--moe-routing-group-samples, 2 or more), in evaluation too.
 """
 
-import math
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from megatron_moe.config.errors import ConfigError
-from megatron_moe.config.moe import MoEConfig
 from megatron_moe.config.options import option
-from megatron_moe.moe.capacity import exact, expert_places
 from megatron_moe.moe.facts import Facts
-from megatron_moe.moe.losses import router_stats
-from megatron_moe.moe.plan import RoutingPlan, TokenInfo
-from megatron_moe.moe.routers.expert_choice import ExpertChoiceRouter
-from megatron_moe.moe.routers.expert_plan import plan_from_takers
+from megatron_moe.moe.plan import TokenInfo
+from megatron_moe.moe.routers.expert_choice import ExpertChoiceOptions, ExpertChoiceRouter
 from megatron_moe.moe.routers.group_table import group_table
-from megatron_moe.moe.routers.options import parse_options
-from megatron_moe.moe.routers.router import Router
 
 
 @dataclass(frozen=True, kw_only=True)
-class PositionOptions:
+class PositionOptions(ExpertChoiceOptions):
     """What expert_choice_position alone can be told."""
 
-    capacity: float = option(2.0, "c: experts per token on average", above=0)
+    rounding: str = option("round", "how B·c/E becomes a whole number of samples", choices=("floor", "round"))
 
 
-class ExpertChoicePositionRouter(Router):
+class ExpertChoicePositionRouter(ExpertChoiceRouter):
     """See the file's first lines."""
 
     Options = PositionOptions
@@ -52,7 +44,6 @@ class ExpertChoicePositionRouter(Router):
         good_for="perfect balance in a decoder, where many sequences are trained and decoded together",
         example={"routing_group_samples": 2},
     )
-    unused_fields: ClassVar[tuple[str, ...]] = ExpertChoiceRouter.unused_fields
     options: PositionOptions
 
     def setup(self) -> None:
@@ -62,33 +53,17 @@ class ExpertChoicePositionRouter(Router):
                 "--moe-routing-group-samples 1 leaves one token at each position of a group, which every expert would "
                 "take; use 2 or more (as many as there are experts, or a multiple)."
             )
-        if self.options.capacity > self.config.num_experts:
-            raise ConfigError(
-                f"--moe-router-options capacity={self.options.capacity:g} asks for more experts per token than "
-                f"--num-experts {self.config.num_experts}; use {self.config.num_experts} or less."
-            )
 
-    @classmethod
-    def choices(cls, config: MoEConfig) -> int:
-        """Assignments of one token on average, rounded up; no limit follows, so none is computed from it."""
-        capacity: float = parse_options(cls.Options, config).capacity
-        return math.ceil(capacity)
-
-    def forward(self, tokens: Tensor, info: TokenInfo) -> RoutingPlan:
-        """tokens: (T, H)."""
-        logits = self.logits(tokens)
-        scores = logits.softmax(dim=1)
+    def choose(self, scores: Tensor, info: TokenInfo) -> tuple[Tensor, Tensor]:
+        """Both (num_groups · positions, E, samples): the tokens that each expert prefers, and whether it takes them."""
         samples = self.config.routing_group_samples
         table = group_table(scores, _by_position(info, samples), self.group_axis)
-        share = exact(self.options.capacity) / self.config.num_experts
-        present = table.is_token.sum(dim=1)
-        places = expert_places(present, share=share, rounding="round", at_least=1)
+        places = self.places(table.is_token.sum(dim=1))
         # stable: among equals the earlier sample
         ranked = table.scores.transpose(1, 2).sort(dim=2, descending=True, stable=True).indices
         rows = table.rows[:, None].expand_as(ranked).gather(2, ranked)
-        taken = (torch.arange(samples, device=ranked.device) < places[:, None, None]).expand_as(ranked)
-        losses = self.aux_losses(logits, scores, None, info)
-        return plan_from_takers(scores, rows, taken, aux_losses=losses, stats=router_stats(scores, info))
+        taken = torch.arange(samples, device=ranked.device) < places[:, None, None]
+        return rows, taken.expand_as(ranked)
 
 
 def _by_position(info: TokenInfo, samples: int) -> TokenInfo:

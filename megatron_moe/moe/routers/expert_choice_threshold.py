@@ -10,22 +10,20 @@ Guaranteed: a decision reads one token, and what earlier steps counted: causal, 
 varies around c·T/E. State: `threshold` (E,) and whether it was set.
 """
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.moe import MoEConfig
 from megatron_moe.config.options import option
 from megatron_moe.moe.capacity import exact, expert_places
 from megatron_moe.moe.facts import Facts
 from megatron_moe.moe.losses import router_stats
 from megatron_moe.moe.plan import RoutingPlan, TokenInfo
+from megatron_moe.moe.routers.expert_choice import average_choices, check_average
 from megatron_moe.moe.routers.group_table import group_table
-from megatron_moe.moe.routers.options import parse_options
 from megatron_moe.moe.routers.router import Router
 
 
@@ -59,19 +57,14 @@ class ExpertChoiceThresholdRouter(Router):
     def setup(self) -> None:
         super().setup()
         experts = self.config.num_experts
-        if self.options.capacity > experts:
-            raise ConfigError(
-                f"--moe-router-options capacity={self.options.capacity:g} asks for more experts per token than "
-                f"--num-experts {experts}; use {experts} or less."
-            )
+        check_average(self.options.capacity, self.config)
         self.new_state("threshold", torch.full((experts,), 1.0 / experts, dtype=self.dtype))
         self.new_state("is_set", torch.zeros((), dtype=torch.int64))
 
     @classmethod
     def choices(cls, config: MoEConfig) -> int:
         """Assignments of one token on average, rounded up."""
-        capacity: float = parse_options(cls.Options, config).capacity
-        return math.ceil(capacity)
+        return average_choices(cls.Options, config)
 
     def forward(self, tokens: Tensor, info: TokenInfo) -> RoutingPlan:
         """tokens: (T, H).  N = T · E, nobody for an expert whose threshold is not reached."""

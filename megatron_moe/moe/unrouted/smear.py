@@ -20,7 +20,6 @@ from megatron_moe.config.moe import MoEConfig
 from megatron_moe.config.options import option
 from megatron_moe.config.parallel import ParallelConfig
 from megatron_moe.layers.context import ForwardContext
-from megatron_moe.moe.experts import Experts
 from megatron_moe.moe.facts import Facts
 from megatron_moe.moe.plan import TokenInfo
 from megatron_moe.moe.unrouted.unrouted_layer import ROUTED_ONLY, Mixed, UnroutedLayer
@@ -74,17 +73,7 @@ class SmearLayer(UnroutedLayer):
         site, experts = self.site, self.config.num_experts
         self.is_random = self.options.expert_dropout > 0 or self.options.jitter_eps > 0
         self.weight = self.new_weight((experts, site.hidden_size), site.init_std)
-        self.experts = Experts(
-            experts,
-            site.hidden_size,
-            site.ffn_size,
-            site.activation,
-            self.ep,
-            self.etp,
-            init_std=site.init_std,
-            output_std=site.output_std,
-            dtype=site.dtype,
-        )
+        self.experts = self.new_experts()
 
     def mix(self, tokens: Tensor, info: TokenInfo, ctx: ForwardContext) -> Mixed:
         samples = len(info.sequence_tokens)

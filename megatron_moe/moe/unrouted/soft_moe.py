@@ -21,7 +21,6 @@ from torch.nn import functional as F
 from megatron_moe.config.moe import MoEConfig
 from megatron_moe.config.options import option
 from megatron_moe.layers.context import ForwardContext
-from megatron_moe.moe.experts import Experts
 from megatron_moe.moe.facts import Facts
 from megatron_moe.moe.layer import build_dispatcher
 from megatron_moe.moe.plan import RoutingPlan, TokenInfo
@@ -68,17 +67,7 @@ class SoftMoELayer(UnroutedLayer):
         self.is_random = self.options.noise_std > 0
         self.phi = self.new_weight((experts * self.options.slots, site.hidden_size), site.hidden_size**-0.5)
         self.scale = self.new_parameter((1,), Init(constant=1.0))
-        self.experts = Experts(
-            experts,
-            site.hidden_size,
-            site.ffn_size,
-            site.activation,
-            self.ep,
-            self.etp,
-            init_std=site.init_std,
-            output_std=site.output_std,
-            dtype=site.dtype,
-        )
+        self.experts = self.new_experts()
         self.dispatcher = build_dispatcher(self.config.token_dispatcher_type, experts, self.ep, self.etp)
 
     def mix(self, tokens: Tensor, info: TokenInfo, ctx: ForwardContext) -> Mixed:

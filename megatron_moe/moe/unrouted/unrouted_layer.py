@@ -7,9 +7,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from megatron_moe.config.moe import MoEConfig
+from megatron_moe.config.moe import PLACES, MoEConfig
 from megatron_moe.config.parallel import ParallelConfig
 from megatron_moe.layers.context import ForwardContext
+from megatron_moe.moe.experts import Experts
 from megatron_moe.moe.facts import Facts
 from megatron_moe.moe.plan import RoutingReport, TokenInfo
 from megatron_moe.moe.routers.router import NoOptions
@@ -41,8 +42,7 @@ class LayerSite:
 # what only a layer that sends tokens to experts reads
 ROUTED_ONLY = (
     *("router_pre_softmax", "aux_loss_coeff", "z_loss_coeff", "expert_bias", "expert_dropout"),
-    *("expert_capacity_factor", "eval_capacity_factor", "token_drop_policy", "capacity_includes_k"),
-    *("capacity_rounding", "min_capacity", "slot_priority"),
+    *("expert_capacity_factor", *PLACES),
     *("shared_expert_intermediate_size", "shared_expert_gate"),
 )
 
@@ -111,6 +111,21 @@ class UnroutedLayer(SparseLayer):
     def new_parameter(self, shape: tuple[int, ...], init: Init) -> nn.Parameter:
         """The same with other first values."""
         return new_parameter(ParamLayout(shape, sum_over=("tp",), init=init), dtype=self.site.wide)
+
+    def new_experts(self) -> Experts:
+        """As many and as wide as in a routed layer, under the same names in a checkpoint."""
+        site = self.site
+        return Experts(
+            self.config.num_experts,
+            site.hidden_size,
+            site.ffn_size,
+            site.activation,
+            self.ep,
+            self.etp,
+            init_std=site.init_std,
+            output_std=site.output_std,
+            dtype=site.dtype,
+        )
 
     def new_state(self, name: str, value: Tensor) -> None:
         """Remember `value` as self.name: the same on all ranks, no gradient, saved and loaded with the weights."""
