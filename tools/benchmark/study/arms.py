@@ -36,6 +36,9 @@ def main_arms(size: Size) -> list[Arm]:
         "noisy_top_k": sparse("noisy_top_k", half),
         "m6_t": sparse("m6_t", half, router_topk=2, **BALANCE),
         "sam": sparse("sam", half, router_topk=2, router_options={"groups": "4"}, **BALANCE),
+        "sam, alignment loss": sparse(
+            "sam", half, router_topk=2, router_options={"groups": "4", "align_coeff": "0.01"}, **BALANCE
+        ),
         "sam hierarchical": sparse(
             "sam", half, router_topk=2, router_options={"groups": "4", "mode": "hierarchical"}, **BALANCE
         ),
