@@ -36,3 +36,9 @@ ACTIVATIONS: dict[str, tuple[int, Activation]] = {  # how many inner branches, a
     "gelu": (1, gelu),
     "relu": (1, relu),
 }
+
+
+def products_of(name: str) -> int:
+    """FLOPs of a feed-forward layer's matrix products for each element of hidden x inner width."""
+    branches, _ = ACTIVATIONS[name]
+    return 2 * (branches + 1)

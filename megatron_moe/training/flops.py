@@ -1,8 +1,13 @@
 """Model FLOPs of a token as NVIDIA publishes them: forward and backward, no recomputation, half of causal scores."""
 
 from megatron_moe.config.run import RunConfig
+from megatron_moe.models.build import gpt_spec
+from megatron_moe.models.depth import build_block
 from megatron_moe.moe.methods import find_method
 from megatron_moe.moe.routers.options import parse_options
+from megatron_moe.moe.unrouted.unrouted_layer import UnroutedLayer
+from megatron_moe.ops.activation import products_of
+from megatron_moe.parallel.state import ParallelState
 
 # bf16 dense peaks of the data sheets, by what the device's name contains; the first match counts
 PEAKS = {
@@ -19,7 +24,8 @@ def formula_text() -> str:
     """What the log says once, so that figures can be compared."""
     return (
         "FLOPs per token = 3 x forward; forward = sum over layers of attention projections + half of 4 s n_h d_h "
-        "(causal) + 6 k h f (gated experts or MLP; 4 without a gate) + shared expert, + 2 h V for the head; "
+        "(causal) + 6 k h f (gated experts or MLP; 4 without a gate; a memory: twice a key's width for each key "
+        "that is scored, 2 h for each value that is read) + shared expert, + 2 h V for the head; "
         "routers, norms and embeddings are not counted; MFU = that / data-sheet bf16 dense peak."
     )
 
@@ -31,12 +37,15 @@ def flops_per_token(config: RunConfig, vocab_size: int) -> float:
     query = model.num_attention_heads * head_dim
     projections = 2 * hidden * (2 * query + 2 * model.groups * head_dim)
     scores = 2 * config.data.seq_length * query  # causal half of 4 s n_h d_h
-    dense = _per_width(model.activation) * hidden * model.ffn_size
+    dense = products_of(model.activation) * hidden * model.ffn_size
     # the router's own number: Switch sends a token to one expert whatever --moe-router-topk says
     method = find_method(moe.router_type)
     choices = method.choices(moe) if moe.num_experts else 0
-    sparse = _per_width(moe.activation or model.activation) * hidden * choices * moe.expert_ffn_size(model.ffn_size)
-    sparse += _per_width(model.activation) * hidden * (moe.shared_expert_intermediate_size or 0)
+    sparse: float = products_of(moe.activation or model.activation) * hidden
+    sparse *= choices * moe.expert_ffn_size(model.ffn_size)
+    if moe.num_experts and issubclass(method, UnroutedLayer):
+        sparse = _unrouted(config)
+    sparse += products_of(model.activation) * hidden * (moe.shared_expert_intermediate_size or 0)
     sparse += dense if moe.extra_ffn != "none" else 0
     pattern = moe.moe_layers(model.num_layers)
     sparse_layer = float(projections + scores + sparse)
@@ -48,9 +57,12 @@ def flops_per_token(config: RunConfig, vocab_size: int) -> float:
     return 3.0 * (layers + 2 * hidden * vocab_size)
 
 
-def _per_width(activation: str) -> int:
-    """FLOPs of a feed-forward layer for each element of hidden x inner width."""
-    return 6 if activation in ("swiglu", "geglu") else 4
+def _unrouted(config: RunConfig) -> float:
+    """Forward FLOPs of a layer that says itself what it computes."""
+    spec = next(spec for spec in gpt_spec(config, 1).layers if spec.moe is not None)
+    layer = build_block(spec, ParallelState.alone()).sparse
+    assert isinstance(layer, UnroutedLayer)
+    return layer.forward_flops(config.data.seq_length)
 
 
 def peak_flops(device_name: str) -> float | None:

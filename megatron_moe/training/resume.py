@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,12 @@ from megatron_moe.checkpoint.messages import told_by_first
 from megatron_moe.checkpoint.rotate import stored_steps
 from megatron_moe.config.checkpoint import CheckpointConfig
 from megatron_moe.config.errors import ConfigError, NoCheckpointError, StorageError
+from megatron_moe.config.moe import MoEConfig
 from megatron_moe.config.run import RunConfig
 from megatron_moe.config.sections import all_settings
 from megatron_moe.config.values import written
+from megatron_moe.moe.methods import find_method
+from megatron_moe.moe.routers.options import parse_options
 from megatron_moe.parallel.state import Axis
 
 logger = logging.getLogger(__name__)
@@ -118,6 +122,7 @@ def _resolved(run: RunConfig) -> dict[str, Any]:
             "moe.ffn_hidden_size": moe.expert_ffn_size(model.ffn_size),
             "moe.router_type": moe.router_type,
             "moe.router_topk": moe.router_topk,
+            "moe.router_options": _router_options(moe),
             "moe.shared_expert_intermediate_size": moe.shared_expert_intermediate_size,
             "moe.shared_expert_gate": moe.shared_expert_gate,
             "moe.routing_group_samples": moe.routing_group_samples,
@@ -126,3 +131,9 @@ def _resolved(run: RunConfig) -> dict[str, Any]:
             "moe.extra_ffn": moe.extra_ffn,
         }
     return values
+
+
+def _router_options(moe: MoEConfig) -> dict[str, Any]:
+    """All of the router's own, but for weights of losses: they are another objective, not another model."""
+    options = asdict(parse_options(find_method(moe.router_type).Options, moe))
+    return {name: value for name, value in options.items() if not name.endswith("_coeff")}

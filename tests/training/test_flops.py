@@ -63,6 +63,32 @@ def test_a_router_with_one_choice_counts_one_expert() -> None:
     assert switch == flops_per_token(config(model), 100)
 
 
+@pytest.mark.parametrize(
+    ("router", "moe", "layer"),
+    [
+        # 48 keys as wide as a token, and 5 values
+        ("vanilla_memory", {"active_cells": "5"}, 2 * 8 * 48 + 2 * 8 * 5),
+        # to width 3, 48 keys of that width, 5 values
+        ("low_rank_keys", {"active_cells": "5", "rank": "3"}, 2 * 8 * 3 + 2 * 3 * 48 + 2 * 8 * 5),
+        # two queries of width 6, 2 x 8 sub-keys of width 3 for each, 4 values each
+        ("product_keys", {"heads": "2", "key_dim": "6", "knn": "4", "num_subkeys": "8"}, 2 * (8 * 12 + 96 + 8 * 8)),
+        ("product_keys_ffn", {"key_dim": "6", "active_cells": "4", "num_subkeys": "8"}, 2 * (8 * 6 + 48 + 8 * 4)),
+        # all of it, whatever is chosen
+        ("controller", {"active_cells": "12"}, 4 * 8 * 48),
+        # 4 experts with 3 slots in a sample of 16 tokens; all tokens into all slots and back
+        ("soft_moe", {"slots": "3"}, 4 * 8 * 12 * 12 / 16 + 4 * 12 * 8),
+        # one expert, and in each sample the sum of four
+        ("smear", {}, 4 * 8 * 12 + 2 * 4 * (2 * 8 * 12) / 16),
+    ],
+)
+def test_a_layer_without_assignments_counts_what_it_multiplies(router: str, moe: dict[str, str], layer: float) -> None:
+    model = {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 2, "activation": "relu"}
+    width = {} if "num_subkeys" in moe else {"ffn_hidden_size": 12}
+    fields = {"num_experts": 4, "router_type": router, "router_options": moe, **width}
+    around = 2 * 4 * 64 + 2 * 16 * 8 + 2 * 8 * 10
+    assert flops_per_token(config(model, fields, seq_length=16), 10) == pytest.approx(3 * (around + layer))
+
+
 def test_the_peak_is_that_of_the_data_sheet() -> None:
     assert peak_flops("NVIDIA H200") == 989.4e12
     assert peak_flops("NVIDIA H100 80GB HBM3") == 989.4e12

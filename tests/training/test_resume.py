@@ -33,6 +33,10 @@ def saved(**changes: dict[str, Any]) -> CheckpointReader:
         ({"model": {"num_query_groups": None}}, ["--num-query-groups was 2 and is 4"]),
         ({"moe": {"layer_freq": "1"}}, ["--moe-layer-freq was [false, true] and is [true, true]"]),
         (
+            {"moe": {"router_options": {"topk_scaling_factor": "2.5"}}},
+            ["--moe-router-options was {", '"topk_scaling_factor": 1.0', "and is {", '"topk_scaling_factor": 2.5'],
+        ),
+        (
             {"moe": {"router_topk": 1}, "model": {"rotary_base": 5e5}},
             ["--rotary-base", "; --moe-router-topk was 2 and"],
         ),
@@ -57,6 +61,16 @@ def test_all_that_makes_another_run_is_named(changes: dict[str, Any], words: lis
 )
 def test_the_rest_may_change_and_the_same_may_be_written_otherwise(changes: dict[str, Any]) -> None:
     check_same_run(saved(), job(CORPUS, **changes))
+
+
+def test_a_routers_losses_may_weigh_otherwise_but_its_choice_may_not_change() -> None:
+    def sam(**options: str) -> dict[str, Any]:
+        return {"moe": {"router_type": "sam", "router_options": {"groups": "2", **options}}}
+
+    before = saved(**sam())
+    check_same_run(before, job(CORPUS, **sam(align_coeff="0.1", renormalise="false")))
+    with pytest.raises(ConfigError, match='--moe-router-options was .*"groups": 2'):
+        check_same_run(before, job(CORPUS, **sam(groups="4")))
 
 
 def test_another_tokenizer_is_refused_and_one_that_was_not_noted_is_not() -> None:

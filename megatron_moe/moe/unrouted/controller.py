@@ -82,6 +82,10 @@ class ControllerLayer(MemoryLayer):
             )
         return self.num_cells // active
 
+    def forward_flops(self, length: int) -> float:
+        """All keys and values: the estimator wants what the cells that were not chosen would have answered."""
+        return 4.0 * self.site.hidden_size * self.num_cells
+
     def mix(self, tokens: Tensor, info: TokenInfo, ctx: ForwardContext) -> Mixed:
         given = gather_tokens(tokens, info.is_padding, self.ep)
         short = gather_for_partial(tokens.to(self.site.wide) @ self.down.t(), self.ep, given.counts)

@@ -47,6 +47,10 @@ class VanillaMemoryLayer(MemoryLayer):
         self.active = self.active_cells(self.options.active_cells, "active_cells")
         self.keys = self.new_table(self.site.hidden_size, self.site.init_std)
 
+    def forward_flops(self, length: int) -> float:
+        """All keys, and the values that are read."""
+        return 2.0 * (self.site.hidden_size * self.active + self.num_cells * self.keys.shape[1])
+
     def queries(self, tokens: Tensor) -> Tensor:
         """(T, key width): what the keys are multiplied with."""
         return tokens
@@ -93,6 +97,9 @@ class LowRankKeysLayer(VanillaMemoryLayer):
         self.active = self.active_cells(self.options.active_cells, "active_cells")
         self.keys = self.new_table(rank, self.site.init_std * (hidden / rank) ** 0.5)
         self.down = self.new_weight((rank, hidden), float(hidden**-0.5))
+
+    def forward_flops(self, length: int) -> float:
+        return super().forward_flops(length) + 2.0 * self.down.numel()
 
     def queries(self, tokens: Tensor) -> Tensor:
         """(T, r) wide."""

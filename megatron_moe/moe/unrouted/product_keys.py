@@ -127,6 +127,11 @@ class ProductKeysLayer(MemoryLayer):
     def value_std(self) -> float:
         return float(self.site.hidden_size**-0.5)
 
+    def forward_flops(self, length: int) -> float:
+        """Queries, all sub-keys, and the values that are read."""
+        read = self.num_heads * self.knn * self.site.hidden_size
+        return 2.0 * (self.query.numel() + self.sub_keys.numel() + read)
+
     def mix(self, tokens: Tensor, info: TokenInfo, ctx: ForwardContext) -> Mixed:
         queries, stats = self._queries(tokens, info)
         cells, scores = best_sums(torch.einsum("thpd,hpnd->thpn", queries, self.sub_keys), self.knn)

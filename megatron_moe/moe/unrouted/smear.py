@@ -75,6 +75,11 @@ class SmearLayer(UnroutedLayer):
         self.weight = self.new_weight((experts, site.hidden_size), site.init_std)
         self.experts = self.new_experts()
 
+    def forward_flops(self, length: int) -> float:
+        """The merged expert's products, and its merging from all experts once in a sequence."""
+        own = super().forward_flops(length)
+        return own + own * self.config.num_experts / length
+
     def mix(self, tokens: Tensor, info: TokenInfo, ctx: ForwardContext) -> Mixed:
         samples = len(info.sequence_tokens)
         rows = tokens.view(-1, samples, tokens.shape[1])

@@ -70,6 +70,12 @@ class SoftMoELayer(UnroutedLayer):
         self.experts = self.new_experts()
         self.dispatcher = build_dispatcher(self.config.token_dispatcher_type, experts, self.ep, self.etp)
 
+    def forward_flops(self, length: int) -> float:
+        """Experts' products for all slots, and two weighted sums, over the tokens that share them."""
+        experts, slots, hidden = self.config.num_experts, self.options.slots, self.site.hidden_size
+        shared_by = length * self.config.routing_group_samples
+        return super().forward_flops(length) * experts * slots / shared_by + 4 * experts * slots * hidden
+
     def mix(self, tokens: Tensor, info: TokenInfo, ctx: ForwardContext) -> Mixed:
         logits = self._logits(tokens, info)
         total = info.num_groups * logits.shape[1]

@@ -16,6 +16,7 @@ from megatron_moe.moe.plan import RoutingReport, TokenInfo
 from megatron_moe.moe.routers.router import NoOptions
 from megatron_moe.moe.sparse_layer import Routed, SparseLayer
 from megatron_moe.moe.token_info import token_info
+from megatron_moe.ops.activation import products_of
 from megatron_moe.parallel.collectives import gather_from, split_to
 from megatron_moe.parallel.layout import Init, ParamLayout, new_parameter
 from megatron_moe.parallel.state import ParallelState
@@ -103,6 +104,11 @@ class UnroutedLayer(SparseLayer):
     @abstractmethod
     def mix(self, tokens: Tensor, info: TokenInfo, ctx: ForwardContext) -> Mixed:
         """tokens: (T, H), this rank's rows, position-major: (rows, samples, H) flattened."""
+
+    def forward_flops(self, length: int) -> float:
+        """Of the matrix products for one token of a sample of so many, in training; what chooses is not counted."""
+        site = self.site
+        return float(products_of(site.activation) * site.hidden_size * site.ffn_size * self.choices(self.config))
 
     def new_weight(self, shape: tuple[int, ...], std: float) -> nn.Parameter:
         """A replicated wide parameter, as a router's: each tensor-parallel rank sees other tokens."""
