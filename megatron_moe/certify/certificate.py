@@ -1,8 +1,9 @@
 """One model on every layout, each beside one process: the rows of a certificate."""
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_moe.certify.layouts import ETP, LAYOUTS, TP, Layout
@@ -35,13 +36,33 @@ class Row:
         return self.refused is not None or max(self.errors.values()) < TOLERANCE
 
 
-def certify(moe: Fields, model: Fields, *, max_ranks: int = 8) -> list[Row]:
+@dataclass(frozen=True)
+class Subject:
+    """What is certified: fields of [moe], [model] and [encoder_moe] beside the tiny model's own."""
+
+    moe: Fields
+    model: Fields = field(default_factory=dict)
+    encoder_moe: Fields | None = None
+
+    @property
+    def group_samples(self) -> int:
+        """Samples that both stacks' routing groups fit into."""
+        sizes = (int(moe.get("routing_group_samples", 1)) for moe in (self.moe, self.encoder_moe or {}))
+        return math.lcm(*sizes)
+
+    def config(self, parallel: Fields, micro_batch_size: int) -> RunConfig:
+        return tiny_config(
+            self.moe, parallel, self.model, max(micro_batch_size, self.group_samples), encoder_moe=self.encoder_moe
+        )
+
+
+def certify(subject: Subject, *, max_ranks: int = 8) -> list[Row]:
     """Three steps of a tiny model in float64 on every layout of so many ranks, forked on this machine over gloo.
 
-    moe, model: fields of the two sections beside the tiny model's own.  Raises ConfigError when it cannot run at all.
+    Raises ConfigError when it cannot run at all.
     """
-    group = int(moe.get("routing_group_samples", 1))
-    first = tiny_config(moe, {}, model, group)
+    group = subject.group_samples
+    first = subject.config({}, 1)
     validate(first)
     wanted = alone(first)
     rows: dict[str, Row] = {}
@@ -50,7 +71,7 @@ def certify(moe: Fields, model: Fields, *, max_ranks: int = 8) -> list[Row]:
         if layout.ranks > max_ranks or layout.samples_of_a_rank(GLOBAL_BATCH) < group:
             continue
         try:
-            runnable[name] = _config(moe, model, layout, group)
+            runnable[name] = _config(subject, layout)
         except ConfigError as error:
             rows[name] = Row(name, {}, refused=str(error))
     for ranks in sorted({layout.ranks for layout in LAYOUTS.values()}):
@@ -62,15 +83,14 @@ def certify(moe: Fields, model: Fields, *, max_ranks: int = 8) -> list[Row]:
     return [rows[name] for name in LAYOUTS if name in rows]
 
 
-def _config(moe: Fields, model: Fields, layout: Layout, group: int) -> RunConfig:
-    micro = max(layout.micro_batch_size, group)
+def _config(subject: Subject, layout: Layout) -> RunConfig:
     try:
-        return _checked(tiny_config(moe, layout.parallel, model, micro), layout.ranks)
+        return _checked(subject.config(layout.parallel, layout.micro_batch_size), layout.ranks)
     except ConfigError:
         if ETP in layout.parallel or TP not in layout.parallel:
             raise
     # expert tensor parallelism follows the tensor size unless it is given: some methods want it given as 1
-    return _checked(tiny_config(moe, {**layout.parallel, ETP: 1}, model, micro), layout.ranks)
+    return _checked(subject.config({**layout.parallel, ETP: 1}, layout.micro_batch_size), layout.ranks)
 
 
 def _checked(config: RunConfig, ranks: int) -> RunConfig:

@@ -39,6 +39,7 @@ LAYOUTS: dict[str, Layout] = {
     "DP 2 without ZeRO-1": Layout(2, {"use_distributed_optimizer": False}, 2),
     "EP 2 folded over TP 2": Layout(2, {TP: 2, EP: 2, ETP: 1}),
     "EP 4": Layout(4, {EP: 4}),
+    "PP 4": Layout(4, {PP: 4}),
     "TP 2 x CP 2": Layout(4, {TP: 2, CP: 2}, 2),
     "EP 2 x ETP 2": Layout(4, {EP: 2, ETP: 2}),
     "TP 2 x PP 2 x EP 2": Layout(8, {TP: 2, PP: 2, EP: 2, ETP: 1}),

@@ -7,9 +7,10 @@ import numpy as np
 import torch
 
 from megatron_moe.config.run import RunConfig
-from megatron_moe.data.batch import Batch, Stream
+from megatron_moe.data.batch import Batch, Inputs, Stream
 
 VOCAB, LENGTH, GLOBAL_BATCH, STEPS = 61, 8, 4, 3
+ENCODER_LENGTH = 12  # another than the decoder's, so that none is taken for the other
 
 
 def tiny_config(
@@ -18,9 +19,14 @@ def tiny_config(
     model: Mapping[str, Any],
     micro_batch_size: int = 1,
     dtype: str = "fp64",
+    encoder_moe: Mapping[str, Any] | None = None,
 ) -> RunConfig:
-    """Four layers, every second one sparse with four experts; {"num_experts": 0} makes all of them dense."""
-    sparse = {"num_experts": 4, "layer_freq": "2", "ffn_hidden_size": 12, **moe}
+    """Four layers, every second one sparse with four experts; {"num_experts": 0} makes all of them dense.
+
+    With encoder_num_layers in `model` an encoder-decoder model; encoder_moe: the same of its encoder, none = dense.
+    """
+    sparse = {"num_experts": 4, "layer_freq": "2", "ffn_hidden_size": 12}
+    stacks = {"moe": {**sparse, **moe}, "encoder_moe": {**sparse, **(encoder_moe or {"num_experts": 0})}}
     return RunConfig.from_dict(
         {
             "model": {
@@ -33,7 +39,7 @@ def tiny_config(
                 "make_vocab_size_divisible_by": 8,
                 **model,
             },
-            "moe": sparse if sparse["num_experts"] else {},
+            **{name: fields if fields["num_experts"] else {} for name, fields in stacks.items()},
             "parallel": parallel,
             "precision": {"dtype": dtype},
             "data": {"seq_length": LENGTH},
@@ -67,3 +73,21 @@ def samples(numbers: Sequence[int]) -> Batch:
         segments=segments,
     )
     return Batch({"decoder": stream}, torch.tensor(list(numbers)))
+
+
+def pairs(numbers: Sequence[int]) -> Batch:
+    """The same for an encoder-decoder model: each document of the decoder has one in the encoder."""
+    decoder = samples(numbers).decoder
+    tokens = torch.tensor(
+        np.stack([np.random.default_rng(2000 + number).permutation(VOCAB)[:ENCODER_LENGTH] for number in numbers])
+    )
+    segments = torch.zeros(len(numbers), ENCODER_LENGTH, dtype=torch.int32)
+    for row, number in enumerate(numbers):
+        if number % 3 == 0:
+            segments[row, 9:] = -1
+        if number % 3 == 1:
+            segments[row, 7:] = 1
+    encoder = Inputs(
+        tokens=tokens, position_ids=torch.arange(ENCODER_LENGTH).repeat(len(numbers), 1), segments=segments
+    )
+    return Batch({"encoder": encoder, "decoder": decoder}, torch.tensor(list(numbers)))

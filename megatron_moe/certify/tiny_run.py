@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from megatron_moe.certify.tiny_model import GLOBAL_BATCH, STEPS, VOCAB, samples
+from megatron_moe.certify.tiny_model import GLOBAL_BATCH, STEPS, VOCAB, pairs, samples
 from megatron_moe.config.run import RunConfig
 from megatron_moe.data.sampler import Sampler
 from megatron_moe.parallel.blocks import Block, flat_range_blocks, module_blocks
@@ -76,6 +76,7 @@ def train_tiny(config: RunConfig, state: ParallelState) -> RankOutcome:
         update(rate)
 
     engine.optimizer.step = step_and_look  # type: ignore[method-assign, assignment]
+    draw = pairs if config.model.encoder_num_layers else samples
     results = []
     for step in range(STEPS):
         sampler = Sampler(
@@ -85,7 +86,7 @@ def train_tiny(config: RunConfig, state: ParallelState) -> RankOutcome:
             dp_size=state.dp.size,
             consumed=step * GLOBAL_BATCH,
         )
-        results.append(engine.train_step(step, [samples(numbers) for numbers in sampler.microbatches()]))
+        results.append(engine.train_step(step, [draw(numbers) for numbers in sampler.microbatches()]))
     return RankOutcome(
         losses=[result.metrics.loss for result in results],
         aux_losses=[dict(result.metrics.aux_losses) for result in results],

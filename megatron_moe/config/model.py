@@ -13,7 +13,12 @@ class ModelConfig:
 
     flag_prefix: ClassVar[str] = ""
 
-    num_layers: int = option(REQUIRED, "Transformer layers in the whole model", at_least=1)
+    num_layers: int = option(
+        REQUIRED, "Transformer layers in the whole model; in the decoder, where there is an encoder too", at_least=1
+    )
+    encoder_num_layers: int = option(
+        0, "layers of the encoder, whose output every decoder layer looks at (T5); 0 = there is none", at_least=0
+    )
     hidden_size: int = option(REQUIRED, "width of the residual stream", at_least=1)
     ffn_hidden_size: int | None = option(
         None, "inner width of a dense feed-forward layer; none = 4 x hidden size", at_least=1
@@ -28,15 +33,21 @@ class ModelConfig:
     max_position_embeddings: int | None = option(
         None, "longest sequence that the model is declared for, in tokens; none = the sequence length", at_least=1
     )
-    position_embedding_type: str = option("rope", "how positions enter the attention", choices=("rope", "none"))
+    position_embedding_type: str = option(
+        "rope", "how positions enter the attention", choices=("rope", "relative", "none")
+    )
+    relative_attention_num_buckets: int = option(
+        32, "distances that relative positions tell apart; 32 in T5", at_least=2
+    )
+    relative_attention_max_distance: int = option(128, "distances from here on share one bucket; 128 in T5", at_least=1)
     rotary_base: float = option(10000.0, "base of the rotary wavelengths; 10000 in RoFormer", above=1)
     rotary_percent: float = option(1.0, "share of each head that is rotated", above=0, at_most=1)
     normalization: str = option("RMSNorm", "kind of normalisation", choices=("RMSNorm", "LayerNorm"))
     norm_epsilon: float = option(1e-5, "added to the variance before the square root", above=0)
     activation: str = option(
         "swiglu",
-        "feed-forward activation; swiglu and geglu have a gate projection",
-        choices=("swiglu", "geglu", "gelu", "relu"),
+        "feed-forward activation; swiglu and geglu have a gate projection; geglu_tanh: GELU by tanh, as in T5 v1.1",
+        choices=("swiglu", "geglu", "geglu_tanh", "gelu", "relu"),
         shortcuts={"--swiglu": "swiglu", "--geglu": "geglu", "--gelu": "gelu", "--relu": "relu"},
     )
     qk_layernorm: str = option(
@@ -69,11 +80,22 @@ class ModelConfig:
                 f"--num-attention-heads {heads} cannot be shared by --num-query-groups {groups}; "
                 f"use a number of groups that divides {heads}."
             )
+        buckets, distance = self.relative_attention_num_buckets, self.relative_attention_max_distance
+        if buckets % 4 or distance <= buckets // 2:
+            raise ConfigError(
+                f"--relative-attention-num-buckets {buckets} and --relative-attention-max-distance {distance}: "
+                f"expected a multiple of 4, and a distance of more than half as much; 32 and 128 in T5."
+            )
         if self.position_embedding_type == "rope" and (self.rotary_dim < 2 or self.rotary_dim % 2):
             raise ConfigError(
                 f"rotary embedding turns pairs, but --rotary-percent {self.rotary_percent:g} of a head of width "
                 f"{self.head_dim} is {self.rotary_dim}; change --kv-channels or --rotary-percent so that it is even."
             )
+
+    @property
+    def all_layers(self) -> int:
+        """Of encoder and decoder together."""
+        return self.encoder_num_layers + self.num_layers
 
     @property
     def head_dim(self) -> int:

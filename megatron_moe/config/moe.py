@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from megatron_moe.config.errors import ConfigError
-from megatron_moe.config.options import check_values, option
+from megatron_moe.config.options import check_values, option, settings_of
 
 # what changes nothing without --moe-expert-capacity-factor
 PLACES = (
@@ -22,6 +22,7 @@ class MoEConfig:
     """The sparse feed-forward layers: experts, router, capacity, dispatch."""
 
     flag_prefix: ClassVar[str] = "moe-"
+    layers_flag: ClassVar[str] = "--num-layers"
 
     num_experts: int = option(0, "experts in an MoE layer; 0 = dense model", flag="--num-experts", at_least=0)
     layer_freq: str = option(
@@ -35,7 +36,7 @@ class MoEConfig:
     activation: str | None = option(
         None,
         "activation of the experts; none = that of the dense feed-forward layers",
-        choices=("swiglu", "geglu", "gelu", "relu"),
+        choices=("swiglu", "geglu", "geglu_tanh", "gelu", "relu"),
     )
     expert_bias: str = option(
         "none",
@@ -120,7 +121,8 @@ class MoEConfig:
         self._layer_pattern()
         if self.num_experts and self.router_topk > self.num_experts:
             raise ConfigError(
-                f"--moe-router-topk {self.router_topk} asks for more experts than --num-experts {self.num_experts}; "
+                f"{self.flag('router_topk')} {self.router_topk} asks for more experts than "
+                f"{self.flag('num_experts')} {self.num_experts}; "
                 f"use {self.num_experts} or fewer."
             )
 
@@ -133,10 +135,17 @@ class MoEConfig:
             return tuple(index % pattern == pattern - 1 for index in range(num_layers))
         if len(pattern) != num_layers:
             raise ConfigError(
-                f"--moe-layer-freq {self.layer_freq} names {len(pattern)} layers, but --num-layers is {num_layers}; "
+                f"{self.flag('layer_freq')} {self.layer_freq} names {len(pattern)} layers, but {self.layers_flag} is "
+                f"{num_layers}; "
                 f"write one 0 or 1 for each layer."
             )
         return pattern
+
+    @classmethod
+    def flag(cls, name: str) -> str:
+        """How a field is written on the command line."""
+        table: type = cls
+        return settings_of(table)[name].flag
 
     def expert_ffn_size(self, dense_ffn_size: int) -> int:
         """Inner width of one expert, in a model whose dense layers have that one."""
@@ -150,6 +159,6 @@ class MoEConfig:
         if len(words) > 1 and set(words) <= {"0", "1"}:
             return tuple(word == "1" for word in words)
         raise ConfigError(
-            f'--moe-layer-freq "{self.layer_freq}": expected a number N (the last of every N layers is sparse), '
-            f"or one 0 or 1 for each layer: 0,1,0,1."
+            f'{self.flag("layer_freq")} "{self.layer_freq}": expected a number N (the last of every N layers is '
+            f"sparse), or one 0 or 1 for each layer: 0,1,0,1."
         )

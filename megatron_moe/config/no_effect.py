@@ -25,6 +25,9 @@ class Rule:
 
 
 CAPACITY = tuple(f"moe.{name}" for name in PLACES)
+ENCODER_CAPACITY = tuple(f"encoder_moe.{name}" for name in PLACES)
+RELATIVE = ("model.relative_attention_num_buckets", "model.relative_attention_max_distance")
+OF_THE_WHOLE_MODEL = ("moe.consistency_coeff", "moe.consistency_cross_entropy", "moe.aux_layer_reduction")
 WSD = ("optimizer.lr_wsd_decay_iters", "optimizer.lr_wsd_decay_style")
 DECAY = ("optimizer.min_lr", "optimizer.lr_decay_iters")
 ROTARY = ("model.rotary_base", "model.rotary_percent")
@@ -32,14 +35,53 @@ LOADING = ("ckpt_step", "finetune", "no_load_optim", "exit_on_missing_checkpoint
 
 RULES = (
     Rule(
-        tuple(key for key in all_settings() if key.startswith("moe.") and key != "moe.num_experts"),
+        tuple(
+            key
+            for key in all_settings()
+            if key.startswith("moe.") and key != "moe.num_experts" and key not in OF_THE_WHOLE_MODEL
+        ),
         lambda run: run.moe.num_experts == 0,
+        "with --num-experts 0 (a dense model); leave it out, or give --num-experts",
+    ),
+    Rule(
+        OF_THE_WHOLE_MODEL,
+        lambda run: not any(moe.num_experts for moe, _ in run.stacks),
         "with --num-experts 0 (a dense model); leave it out, or give --num-experts",
     ),
     Rule(
         CAPACITY,
         lambda run: run.moe.expert_capacity_factor is None,
         "without a capacity, for no token is ever dropped; leave it out, or give --moe-expert-capacity-factor",
+    ),
+    Rule(
+        tuple(key for key in all_settings() if key.startswith("encoder_moe.")),
+        lambda run: run.model.encoder_num_layers == 0,
+        "without an encoder; leave it out, or give --encoder-num-layers",
+    ),
+    Rule(
+        tuple(key for key in all_settings() if key.startswith("encoder_moe.") and key != "encoder_moe.num_experts"),
+        lambda run: run.encoder_moe.num_experts == 0,
+        "with --encoder-num-experts 0 (a dense encoder); leave it out, or give --encoder-num-experts",
+    ),
+    Rule(
+        tuple(f"encoder_{key}" for key in OF_THE_WHOLE_MODEL),
+        lambda run: True,
+        "on one stack alone: it is of the whole model; leave it out, or give it without encoder-",
+    ),
+    Rule(
+        ENCODER_CAPACITY,
+        lambda run: run.encoder_moe.expert_capacity_factor is None,
+        "without a capacity, for no token is ever dropped; leave it out, or give --encoder-moe-expert-capacity-factor",
+    ),
+    Rule(
+        ("encoder_moe.shared_expert_gate",),
+        lambda run: run.encoder_moe.shared_expert_intermediate_size is None,
+        "without a shared expert; leave it out, or give --encoder-moe-shared-expert-intermediate-size",
+    ),
+    Rule(
+        ("encoder_moe.allow_noncausal",),
+        lambda run: True,
+        "in an encoder, which sees all of its text anyway; leave it out",
     ),
     Rule(
         ("moe.shared_expert_gate",),
@@ -55,6 +97,11 @@ RULES = (
         ROTARY,
         lambda run: run.model.position_embedding_type != "rope",
         "without rotary embedding; leave it out, or use --position-embedding-type rope",
+    ),
+    Rule(
+        RELATIVE,
+        lambda run: run.model.position_embedding_type != "relative",
+        "without relative positions; leave it out, or use --position-embedding-type relative",
     ),
     Rule(
         WSD,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from megatron_moe.config.errors import ConfigError
+from megatron_moe.config.moe import MoEConfig
 from megatron_moe.config.sections import Sections
 
 
@@ -46,18 +47,19 @@ def _vocabulary(run: Sections) -> None:
 
 
 def _tensor(run: Sections) -> None:
-    model, moe, flag = run.model, run.moe, "--tensor-model-parallel-size"
+    model, flag = run.model, "--tensor-model-parallel-size"
     size = run.parallel.tensor_model_parallel_size
     if model.num_query_groups is None:
         _must_divide("--num-attention-heads", model.num_attention_heads, flag, size, "a tensor")
     else:
         _must_divide("--num-query-groups", model.groups, flag, size, "a tensor")
-    if not all(moe.moe_layers(model.num_layers)):
+    if not all(all(moe.moe_layers(layers)) and moe.extra_ffn == "none" for moe, layers in run.stacks):
         name = "--ffn-hidden-size" if model.ffn_hidden_size else "--ffn-hidden-size (4 x hidden size)"
         _must_divide(name, model.ffn_size, flag, size, "a tensor")
-    if moe.shared_expert_intermediate_size is not None:
-        width = moe.shared_expert_intermediate_size
-        _must_divide("--moe-shared-expert-intermediate-size", width, flag, size, "a tensor")
+    for moe, _ in run.stacks:
+        if moe.shared_expert_intermediate_size is not None:
+            width = moe.shared_expert_intermediate_size
+            _must_divide(moe.flag("shared_expert_intermediate_size"), width, flag, size, "a tensor")
     _must_divide("--make-vocab-size-divisible-by", model.make_vocab_size_divisible_by, flag, size, "a tensor")
     if run.parallel.sequence_parallel and size == 1:
         raise ConfigError(
@@ -68,10 +70,11 @@ def _tensor(run: Sections) -> None:
 
 def _pipeline(run: Sections) -> None:
     size = run.parallel.pipeline_model_parallel_size
-    if run.model.num_layers < size:
+    if run.model.all_layers < size:
+        both = f"--encoder-num-layers {run.model.encoder_num_layers} and " if run.model.encoder_num_layers else ""
         raise ConfigError(
-            f"--num-layers {run.model.num_layers} cannot fill --pipeline-model-parallel-size {size}: each stage "
-            f"needs a layer; use {run.model.num_layers} stages or fewer."
+            f"{both}--num-layers {run.model.num_layers} cannot fill --pipeline-model-parallel-size {size}: each stage "
+            f"needs a layer; use {run.model.all_layers} stages or fewer."
         )
 
 
@@ -97,9 +100,9 @@ def _sequence(run: Sections) -> None:
 
 
 def _experts(run: Sections) -> None:
-    moe, parallel = run.moe, run.parallel
+    parallel = run.parallel
     ep, etp = parallel.expert_model_parallel_size, parallel.expert_tensor
-    if not moe.num_experts:
+    if not any(moe.num_experts for moe, _ in run.stacks):
         if ep > 1 or parallel.expert_tensor_parallel_size is not None:
             flag = "--expert-model-parallel-size" if ep > 1 else "--expert-tensor-parallel-size"
             raise ConfigError(
@@ -107,36 +110,49 @@ def _experts(run: Sections) -> None:
                 f"leave it out, or give --num-experts."
             )
         return
-    if not any(moe.moe_layers(run.model.num_layers)):
+    for moe, layers in run.stacks:
+        if moe.num_experts:
+            _experts_of(moe, layers, run)
+
+
+def _experts_of(moe: MoEConfig, layers: int, run: Sections) -> None:
+    """Of one stack."""
+    parallel = run.parallel
+    if not any(moe.moe_layers(layers)):
         raise ConfigError(
-            f"--moe-layer-freq {moe.layer_freq} makes none of --num-layers {run.model.num_layers} sparse, so that "
-            f"--num-experts {moe.num_experts} has no effect; use a number up to {run.model.num_layers}, or leave out "
+            f"{moe.flag('layer_freq')} {moe.layer_freq} makes none of {moe.layers_flag} {layers} sparse, so that "
+            f"{moe.flag('num_experts')} {moe.num_experts} has no effect; use a number up to {layers}, or leave out "
             f"the experts."
         )
-    _must_divide("--num-experts", moe.num_experts, "--expert-model-parallel-size", ep, "an expert")
+    ep = parallel.expert_model_parallel_size
+    _must_divide(moe.flag("num_experts"), moe.num_experts, "--expert-model-parallel-size", ep, "an expert")
     explicit = parallel.expert_tensor_parallel_size is not None
     flag = "--expert-tensor-parallel-size" if explicit else "--tensor-model-parallel-size"
     width = moe.expert_ffn_size(run.model.ffn_size)
-    name = "--moe-ffn-hidden-size" if moe.ffn_hidden_size else "--moe-ffn-hidden-size (as --ffn-hidden-size)"
-    _must_divide(name, width, flag, etp, "an expert tensor" if explicit else "a tensor")
+    name = moe.flag("ffn_hidden_size") + ("" if moe.ffn_hidden_size else " (as --ffn-hidden-size)")
+    _must_divide(name, width, flag, parallel.expert_tensor, "an expert tensor" if explicit else "a tensor")
 
 
 def _dispatch(run: Sections) -> None:
     ep, etp = run.parallel.expert_model_parallel_size, run.parallel.expert_tensor
-    if run.moe.num_experts and run.moe.token_dispatcher_type == "local" and ep * etp > 1:
+    local = [moe for moe, _ in run.stacks if moe.num_experts and moe.token_dispatcher_type == "local"]
+    if local and ep * etp > 1:
         raise ConfigError(
-            f"--moe-token-dispatcher-type local moves nothing between ranks, but the experts are split over {ep * etp} "
-            f"(expert size {ep} x expert tensor size {etp}); use auto, or set both sizes to 1."
+            f"{local[0].flag('token_dispatcher_type')} local moves nothing between ranks, but the experts are split "
+            f"over {ep * etp} (expert size {ep} x expert tensor size {etp}); use auto, or set both sizes to 1."
         )
 
 
 def _routing_groups(run: Sections) -> None:
-    samples, micro = run.moe.routing_group_samples, run.training.micro_batch_size
-    if run.moe.num_experts and micro % samples:
-        raise ConfigError(
-            f"--micro-batch-size {micro} does not hold whole routing groups of --moe-routing-group-samples {samples}; "
-            f"use a multiple of {samples}, or groups of {words(divisors(micro))}."
-        )
+    micro = run.training.micro_batch_size
+    for moe, _ in run.stacks:
+        samples = moe.routing_group_samples
+        if moe.num_experts and micro % samples:
+            raise ConfigError(
+                f"--micro-batch-size {micro} does not hold whole routing groups of "
+                f"{moe.flag('routing_group_samples')} {samples}; "
+                f"use a multiple of {samples}, or groups of {words(divisors(micro))}."
+            )
 
 
 def _learning_rate(run: Sections) -> None:

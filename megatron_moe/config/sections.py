@@ -9,6 +9,7 @@ from typing import get_type_hints
 
 from megatron_moe.config.checkpoint import CheckpointConfig
 from megatron_moe.config.data import DataConfig
+from megatron_moe.config.encoder_moe import EncoderMoEConfig
 from megatron_moe.config.logging import LoggingConfig
 from megatron_moe.config.model import ModelConfig
 from megatron_moe.config.moe import MoEConfig
@@ -25,6 +26,7 @@ class Sections:
 
     model: ModelConfig
     moe: MoEConfig
+    encoder_moe: EncoderMoEConfig
     parallel: ParallelConfig
     precision: PrecisionConfig
     data: DataConfig
@@ -32,6 +34,12 @@ class Sections:
     optimizer: OptimizerConfig
     checkpoint: CheckpointConfig
     logging: LoggingConfig
+
+    @property
+    def stacks(self) -> tuple[tuple[MoEConfig, int], ...]:
+        """The sparse options and the number of layers of the encoder, if there is one, and of the decoder."""
+        encoder = ((self.encoder_moe, self.model.encoder_num_layers),) if self.model.encoder_num_layers else ()
+        return (*encoder, (self.moe, self.model.num_layers))
 
 
 @cache

@@ -4,37 +4,56 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Stream:
-    """One input sequence (decoder, encoder), each tensor (B, S); the same on all tp and pp ranks, uncut over cp."""
+class Inputs:
+    """A sequence that a model reads, each tensor (B, S); the same on all tp and pp ranks, uncut over cp."""
 
     tokens: Tensor  # int64
-    labels: Tensor  # int64, the token that follows
-    loss_mask: Tensor  # float32, 0 where the label is not learnt
     position_ids: Tensor  # int64
     segments: Tensor  # int32, document number inside the sample, from 0; -1 = padding
 
-    def map(self, change: Callable[[Tensor], Tensor]) -> Stream:
-        """The stream with `change` applied to each tensor."""
-        return Stream(**{field.name: change(getattr(self, field.name)) for field in fields(self)})
+    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """The same with `change` applied to each tensor."""
+        found: dict[str, Any] = {}
+        for field in fields(self):
+            tensor = getattr(self, field.name)
+            found[field.name] = None if tensor is None else change(tensor)
+        return type(self)(**found)
+
+
+@dataclass(frozen=True)
+class Stream(Inputs):
+    """A sequence that is learnt."""
+
+    labels: Tensor  # int64, the token that follows
+    loss_mask: Tensor  # float32, 0 where the label is not learnt
+    prefix: Tensor | None = None  # bool, tokens that all of their document see (prefix LM); None: none
 
 
 @dataclass(frozen=True)
 class Batch:
     """The samples of one microbatch."""
 
-    streams: dict[str, Stream]
+    streams: dict[str, Inputs]  # "decoder", and in an encoder-decoder model "encoder"
     sample_ids: Tensor  # (B,) int64, position in the run's consumed order: the key of every random decision
 
     @property
     def decoder(self) -> Stream:
         """The stream that is learnt."""
-        return self.streams["decoder"]
+        found = self.streams["decoder"]
+        assert isinstance(found, Stream)
+        return found
+
+    @property
+    def encoder(self) -> Inputs | None:
+        """What the encoder reads, where there is one."""
+        return self.streams.get("encoder")
 
     def to(self, device: torch.device | str) -> Batch:
         """The same on a device; asynchronous from pinned memory."""

@@ -171,12 +171,12 @@ class Generator:
             sequence_parallel=False,
             cache=cache,
         )
-        edge = self._stage.edge(ctx)
-        received = {} if self._stage.first else self._transfer.receive_forward(edge)
+        number = self._stage.number
+        received = {} if self._stage.first else self._transfer.receive_forward(self._stage.edge(number, ctx))
         output: dict[str, Tensor] = self._stage(received, ctx).tensors
         if self._stage.last:
             return output["logits"][-1]
-        self._transfer.send_forward(output, edge)
+        self._transfer.send_forward(output, self._stage.edge(number + 1, ctx))
         self._transfer.finish()
         return None
 

@@ -1,6 +1,6 @@
 """Keys and values of the tokens so far, so that a new token costs one row instead of the whole sequence."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ class ReservedCache:
         tokens by."""
         self.max_length = max_length
         self._filled = dict.fromkeys(heads, 0)
+        self._kept_source: dict[int, tuple[Tensor, Tensor]] = {}
 
         def reserve(groups: int, width: int) -> Tensor:
             return torch.empty(max_length, num_samples, groups, width, dtype=dtype, device=device)
@@ -83,6 +84,12 @@ class ReservedCache:
         start, end = self._room(layer, len(kept))
         self._kept[layer][start:end] = kept
         return self._kept[layer][:end]
+
+    def keep(self, layer: int, make: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """Keys and values of the encoder's output, (S', B, G/tp, D) each, made at the first call."""
+        if layer not in self._kept_source:
+            self._kept_source[layer] = make()
+        return self._kept_source[layer]
 
     def _room(self, layer: int, tokens: int) -> tuple[int, int]:
         """Where the next tokens stand."""

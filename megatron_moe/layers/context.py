@@ -1,5 +1,6 @@
 """What every layer is told of a forward pass, so that nothing is written to self."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -21,6 +22,9 @@ class KeyValueCache(Protocol):
         Only for layers that pass some tokens by.
         """
 
+    def keep(self, layer: int, make: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """Keys and values of the encoder's output, (S', B, G, D) each, made at the first call."""
+
 
 @dataclass(frozen=True)
 class SequenceView:
@@ -35,6 +39,7 @@ class SequenceView:
     start: int = 0  # sequence index of row 0 (decoding)
     before: Tensor | None = None  # (B,) int64 id of the token before row 0 in its document (decoding)
     num_passes: int = 1  # 2: the samples stand here twice, one pass after the other
+    prefix: Tensor | None = None  # (S, B) bool: tokens that all tokens of their document see; None = there are none
 
     @property
     def length(self) -> int:
@@ -64,3 +69,6 @@ class ForwardContext:
     sequence_parallel: bool  # a choice of this pass: decoding one token turns it off
     weight_gradients: WeightGradients | None = None
     cache: KeyValueCache | None = None
+    bias: Tensor | None = None  # (1 or B, heads/tp, S/cp, S') added to the scores of self-attention
+    source: SequenceView | None = None  # the encoder's stream
+    memory: Tensor | None = None  # its output: (S'/(cp·tp), B, H) under sequence parallelism, else (S'/cp, B, H)

@@ -1,8 +1,10 @@
 """From the configuration to this rank's stages, on meta, then in memory."""
 
 import math
+from dataclasses import replace
 
 import torch
+from torch import nn
 
 from megatron_moe.config.run import RunConfig
 from megatron_moe.layers.attention import AttentionShape
@@ -18,39 +20,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 def gpt_spec(config: RunConfig, vocab_size: int) -> GPTSpec:
     """The spec of every layer. vocab_size: ids of the tokenizer (or of --vocab-size)."""
     model = config.model
-    dtype = DTYPES[config.precision.dtype]
-    attention = AttentionShape(
-        hidden_size=model.hidden_size,
-        num_heads=model.num_attention_heads,
-        num_groups=model.groups,
-        head_dim=model.head_dim,
-        causal=True,
-        rotary_width=model.rotary_dim if model.position_embedding_type == "rope" else 0,
-        rotary_base=model.rotary_base,
-        qk_norm=model.qk_layernorm,
-        norm_epsilon=model.norm_epsilon,
-        init_std=model.init_method_std,
-        # residual branches start smaller, so that depth does not add variance (GPT-2)
-        output_std=model.init_method_std / math.sqrt(2.0 * model.num_layers),
-    )
-    sequence_parallel = config.parallel.uses_sequence_parallel
-    layers = tuple(
-        LayerSpec(
-            index=index,
-            attention=attention,
-            normalization=model.normalization,
-            ffn_size=model.ffn_size,
-            activation=model.activation,
-            moe=config.moe if sparse else None,
-            dtype=dtype,
-            sequence_parallel=sequence_parallel,
-            vocab_size=vocab_size,
-            seed=config.training.seed,
-        )
-        for index, sparse in enumerate(config.moe.moe_layers(model.num_layers))
-    )
+    relative = model.position_embedding_type == "relative"
     return GPTSpec(
-        layers=layers,
+        layers=(*_encoder_layers(config, vocab_size), *_decoder_layers(config, vocab_size)),
         hidden_size=model.hidden_size,
         vocab_size=vocab_size,
         padded_vocab_size=model.padded_vocab_size(vocab_size),
@@ -58,20 +30,105 @@ def gpt_spec(config: RunConfig, vocab_size: int) -> GPTSpec:
         init_std=model.init_method_std,
         normalization=model.normalization,
         norm_epsilon=model.norm_epsilon,
-        dtype=dtype,
-        sequence_parallel=sequence_parallel,
+        dtype=DTYPES[config.precision.dtype],
+        sequence_parallel=config.parallel.uses_sequence_parallel,
         recompute=config.parallel.recompute_granularity == "full",
+        relative_buckets=model.relative_attention_num_buckets if relative else 0,
+        relative_distance=model.relative_attention_max_distance if relative else 0,
     )
+
+
+def _decoder_layers(config: RunConfig, vocab_size: int) -> list[LayerSpec]:
+    """All layers of a decoder-only model, or those that look at the encoder's output too."""
+    model = config.model
+    before = model.encoder_num_layers
+    layer = replace(
+        _layer(config, vocab_size, model.num_layers, causal=True),
+        cross_attention=before > 0,
+    )
+    pattern = config.moe.moe_layers(model.num_layers)
+    return [
+        replace(layer, index=before + number, moe=config.moe if sparse else None)
+        for number, sparse in enumerate(pattern)
+    ]
+
+
+def _encoder_layers(config: RunConfig, vocab_size: int) -> list[LayerSpec]:
+    """None in a decoder-only model."""
+    number = config.model.encoder_num_layers
+    layer = replace(_layer(config, vocab_size, max(1, number), causal=False), stream="encoder")
+    pattern = config.encoder_moe.moe_layers(number)
+    return [
+        replace(layer, index=index, moe=config.encoder_moe if sparse else None) for index, sparse in enumerate(pattern)
+    ]
+
+
+def _layer(config: RunConfig, vocab_size: int, stack: int, *, causal: bool) -> LayerSpec:
+    """A dense layer of a stack of so many."""
+    model = config.model
+    attention = AttentionShape(
+        hidden_size=model.hidden_size,
+        num_heads=model.num_attention_heads,
+        num_groups=model.groups,
+        head_dim=model.head_dim,
+        causal=causal,
+        rotary_width=model.rotary_dim if model.position_embedding_type == "rope" else 0,
+        rotary_base=model.rotary_base,
+        qk_norm=model.qk_layernorm,
+        norm_epsilon=model.norm_epsilon,
+        init_std=model.init_method_std,
+        # residual branches start smaller, so that depth does not add variance (GPT-2)
+        output_std=model.init_method_std / math.sqrt(2.0 * stack),
+    )
+    return LayerSpec(
+        index=0,
+        attention=attention,
+        normalization=model.normalization,
+        ffn_size=model.ffn_size,
+        activation=model.activation,
+        moe=None,
+        dtype=DTYPES[config.precision.dtype],
+        sequence_parallel=config.parallel.uses_sequence_parallel,
+        vocab_size=vocab_size,
+        seed=config.training.seed,
+    )
+
+
+def stage_parts(config: RunConfig) -> list[range]:
+    """The layers of each stage of the pipeline, those of the encoder counted first."""
+    return stage_layers(config.model.all_layers, config.parallel.pipeline_model_parallel_size)
+
+
+def embedding_places(config: RunConfig) -> tuple[int, ...]:
+    """Pipeline ranks that hold a copy of the embedding: where a stream begins, and where a tied head ends."""
+    size, parts = config.parallel.pipeline_model_parallel_size, stage_parts(config)
+    stages = {0}
+    if config.model.encoder_num_layers:
+        stages |= {number for number, part in enumerate(parts) if config.model.encoder_num_layers in part}
+    if not config.model.untie_embeddings_and_output_weights:
+        stages.add(len(parts) - 1)
+    return tuple(sorted({stage % size for stage in stages}))
 
 
 def build_stages(spec: GPTSpec, state: ParallelState) -> list[GPTStage]:
     """This rank's stages on meta: shapes and layouts, no memory."""
     parts = stage_layers(len(spec.layers), state.pp.size)
-    layers = parts[state.pp.rank]
-    return [GPTStage(spec, layers, state, first=state.pp.is_first, last=state.pp.is_last)]
+    return [GPTStage(spec, parts, state.pp.rank, state)]
 
 
 def initialise_stages(stages: list[GPTStage], state: ParallelState, seed: int, device: torch.device) -> None:
     """Give the stages memory and their first weights, which depend on names and global indices only."""
     for stage in stages:
         materialise(stage, state, seed, device)
+    _share(stages)
+
+
+def _share(stages: list[GPTStage]) -> None:
+    """What several stages of a rank have in common is one parameter: one gradient, one place in the optimizer."""
+    known: dict[str, nn.Parameter] = {}
+    for stage in stages:
+        for name, parameter in list(stage.named_parameters()):
+            if name in known:
+                room, _, leaf = name.rpartition(".")
+                stage.get_submodule(room).register_parameter(leaf, known[name])
+            known.setdefault(name, parameter)

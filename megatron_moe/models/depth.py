@@ -62,7 +62,7 @@ class DepthLayer(SparseLayer):
         chosen = taken.sort(dim=0, descending=True, stable=True).indices[: self.router.places(length)]
         index = chosen[..., None].expand(-1, -1, hidden.shape[2])
         weights = gather_from(weights, self.tp, length).gather(0, chosen[..., None])
-        inner = replace(ctx, view=_chosen_view(chosen, ctx.view))
+        inner = replace(ctx, view=_chosen_view(chosen, ctx.view), bias=_chosen_bias(chosen, ctx.bias))
         if not ctx.sequence_parallel:
             update = _scaled(weights, self._added(hidden.gather(0, index), inner))
             return torch.zeros_like(hidden).scatter(0, index, update)
@@ -87,8 +87,10 @@ class DepthLayer(SparseLayer):
 
     def _added(self, hidden: Tensor, ctx: ForwardContext) -> Tensor:
         """f: what the block adds to its input, without the rounding of a subtraction."""
-        attended: Tensor = self.block.attention(self.block.attention_norm(hidden), ctx)
-        added: Tensor = attended + self.block.mlp(self.block.mlp_norm(hidden + attended), ctx)
+        added: Tensor = self.block.attention(self.block.attention_norm(hidden), ctx)
+        if self.block.looks_across:
+            added = added + self.block.cross_attention(self.block.cross_norm(hidden + added), ctx)
+        added = added + self.block.mlp(self.block.mlp_norm(hidden + added), ctx)
         return added
 
     def before_step(self, progress: float) -> None:
@@ -135,7 +137,16 @@ def _chosen_view(rows: Tensor, view: SequenceView) -> SequenceView:
         positions=view.positions.gather(0, rows),
         segments=view.segments.gather(0, rows),
         rows=torch.arange(len(rows), device=rows.device),
+        prefix=None if view.prefix is None else view.prefix.gather(0, rows),
     )
+
+
+def _chosen_bias(rows: Tensor, bias: Tensor | None) -> Tensor | None:
+    """(B, heads, C, C): the bias (1, heads, S, S) between the tokens in these rows (C, B)."""
+    if bias is None:
+        return None
+    places = rows.t()
+    return bias[0][:, places[:, :, None], places[:, None, :]].transpose(0, 1)
 
 
 def _masked_view(taken: Tensor, view: SequenceView) -> SequenceView:
@@ -156,4 +167,5 @@ def _masked_view(taken: Tensor, view: SequenceView) -> SequenceView:
         rows=view.rows + past,
         segmented=True,
         start=0,
+        prefix=None if view.prefix is None else after_the_past(view.prefix),
     )

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from megatron_moe.config.moe import MoEConfig
-from megatron_moe.layers.attention import Attention, AttentionShape, GatheredAttention
+from megatron_moe.layers.attention import Attention, AttentionShape
+from megatron_moe.layers.attention_core import GatheredAttention
 from megatron_moe.layers.context import ForwardContext
+from megatron_moe.layers.cross_attention import CrossAttention
 from megatron_moe.layers.mlp import MLP
 from megatron_moe.layers.norm import Norm
 from megatron_moe.moe.capacity import make_limit
@@ -34,6 +36,8 @@ class LayerSpec:
     moe: MoEConfig | None  # None: a dense feed-forward layer
     dtype: torch.dtype
     sequence_parallel: bool
+    stream: str = "decoder"  # whose tokens pass through it
+    cross_attention: bool = False  # whether it looks at the encoder's output
     vocab_size: int = 0  # ids that mean something
     seed: int = 0
 
@@ -141,12 +145,18 @@ class ExtraFFN(nn.Module):
 
 
 class TransformerLayer(nn.Module):
-    """norm, attention, residual, norm, MLP or MoE, residual."""
+    """norm, attention, residual, norm, MLP or MoE, residual; cross-attention between them where the spec has it."""
 
     def __init__(self, spec: LayerSpec, state: ParallelState) -> None:
         super().__init__()
         self.attention_norm = _norm(spec)
         self.attention = Attention(spec.index, spec.attention, state.tp, GatheredAttention(state.cp), dtype=spec.dtype)
+        self.looks_across = spec.cross_attention
+        if spec.cross_attention:
+            self.cross_norm = _norm(spec)
+            self.cross_attention = CrossAttention(
+                spec.index, spec.attention, state.tp, GatheredAttention(state.cp), dtype=spec.dtype
+            )
         self.mlp_norm = _norm(spec)
         self.mlp: MLP | SparseLayer
         self.extra_place = "none" if spec.moe is None else spec.moe.extra_ffn
@@ -164,6 +174,8 @@ class TransformerLayer(nn.Module):
 
     def forward(self, hidden: Tensor, ctx: ForwardContext) -> tuple[Tensor, RoutingReport | None]:
         hidden = hidden + self.attention(self.attention_norm(hidden), ctx)
+        if self.looks_across:
+            hidden = hidden + self.cross_attention(self.cross_norm(hidden), ctx)
         if self.extra_place == "before":
             hidden = self.extra_ffn(hidden, ctx)
         normed = self.mlp_norm(hidden)

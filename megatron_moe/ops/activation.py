@@ -18,6 +18,12 @@ def geglu(inner: Tensor) -> Tensor:
     return F.gelu(gate) * up
 
 
+def geglu_tanh(inner: Tensor) -> Tensor:
+    """inner (..., 2, F): the same with GELU by tanh.  [T5 v1.1; flaxformer, which trained ST-MoE]"""
+    gate, up = inner.unbind(-2)
+    return F.gelu(gate, approximate="tanh") * up
+
+
 def gelu(inner: Tensor) -> Tensor:
     """inner (..., 1, F)."""
     return F.gelu(inner.squeeze(-2))
@@ -33,6 +39,7 @@ Activation = Callable[[Tensor], Tensor]
 ACTIVATIONS: dict[str, tuple[int, Activation]] = {  # how many inner branches, and what joins them
     "swiglu": (2, swiglu),
     "geglu": (2, geglu),
+    "geglu_tanh": (2, geglu_tanh),
     "gelu": (1, gelu),
     "relu": (1, relu),
 }

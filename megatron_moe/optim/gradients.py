@@ -8,6 +8,7 @@ A bucket holds parameters of one stage that are reduced alike. Sharded, each ran
 The loss is already divided by the count of the whole batch, so gradients are summed, never averaged.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -53,7 +54,10 @@ class Bucket:
     The ranks of an axis in `sum_over` must have the same place on the `reduce_over` axis.
     """
 
-    def __init__(self, stage: int, members: Sequence[NamedParameter], state: ParallelState, sharded: bool) -> None:
+    def __init__(
+        self, stage: int, members: Sequence[NamedParameter], state: ParallelState, sharded: bool, *, shared: bool
+    ) -> None:
+        """shared: several stages of this rank use the members."""
         first = members[0][1]
         self.stage = stage
         self.axis = state.axis(layout_of(first).reduce_over)
@@ -61,7 +65,7 @@ class Bucket:
         self.sharded = sharded
         self._state = state
         # an axis that leaves the stage has to wait until other stages are done too
-        self.is_local = all(set(axis.ranks) <= set(state.stage.ranks) for axis in self.sum_axes)
+        self.is_local = not shared and all(set(axis.ranks) <= set(state.stage.ranks) for axis in self.sum_axes)
         starts, length = _places(members)
         parts, mine = (self.axis.size, self.axis.rank) if sharded else (1, 0)
         self.shard_elements = _aligned(-(-length // parts))
@@ -139,17 +143,27 @@ def _places(members: Sequence[NamedParameter]) -> tuple[list[int], int]:
     return starts, end
 
 
-def _group(members: Sequence[NamedParameter], bucket_elements: int) -> list[list[NamedParameter]]:
+def _group(members: Sequence[NamedParameter], bucket_elements: int, shared: set[int]) -> list[list[NamedParameter]]:
     """Parameters that are reduced alike, in at most `bucket_elements` at a time; none is cut."""
-    alike: dict[tuple[str, tuple[str, ...], torch.dtype], list[list[NamedParameter]]] = {}
+    alike: dict[tuple[str, tuple[str, ...], torch.dtype, bool], list[list[NamedParameter]]] = {}
     for name, parameter in members:
         layout = layout_of(parameter)
-        groups = alike.setdefault((layout.reduce_over, layout.sum_over, parameter.dtype), [[]])
+        groups = alike.setdefault((layout.reduce_over, layout.sum_over, parameter.dtype, id(parameter) in shared), [[]])
         filled = sum(_aligned(member.numel()) for _, member in groups[-1])
         if filled and filled + parameter.numel() > bucket_elements:
             groups.append([])
         groups[-1].append((name, parameter))
     return [group for groups in alike.values() for group in groups]
+
+
+def _once(stages: Sequence[Sequence[NamedParameter]]) -> list[list[NamedParameter]]:
+    """Each parameter with the first stage that has it."""
+    known: set[int] = set()
+    found = []
+    for stage in stages:
+        found.append([(name, weight) for name, weight in stage if id(weight) not in known])
+        known |= {id(weight) for _, weight in stage}
+    return found
 
 
 class GradientBuckets:
@@ -167,14 +181,13 @@ class GradientBuckets:
         weights = [weight for stage in trained for _, weight in stage]
         if not weights:
             raise ValueError("this rank has no parameter to train")
-        if len(set(map(id, weights))) < len(weights):
-            raise ValueError("two stages of one rank share a parameter: its gradient is never complete in one of them")
+        shared = {number for number, times in Counter(map(id, weights)).items() if times > 1}
         self.state = state
         self.device = weights[0].device
         self.buckets = [
-            Bucket(stage, members, state, sharded)
-            for stage, named in enumerate(trained)
-            for members in _group(named, bucket_elements)
+            Bucket(stage, members, state, sharded, shared=id(members[0][1]) in shared)
+            for stage, named in enumerate(_once(trained))
+            for members in _group(named, bucket_elements, shared)
         ]
         self._waiting = list(self.buckets)
 
@@ -187,8 +200,8 @@ class GradientBuckets:
     def reduce(self, stage: int | None = None) -> None:
         """Sum the gradients of one stage, once they are complete; without a stage, of all that is left.
 
-        What is tied across stages is summed only by the last call, without a stage: earlier, the other end of the
-        pipeline may be waiting for this rank's own work.
+        What is tied across stages, of the pipeline or of this rank, is summed only by the last call, without a stage:
+        earlier, the other end of the pipeline may be waiting for this rank's own work.
         """
         chosen = [bucket for bucket in self._waiting if stage is None or (bucket.stage == stage and bucket.is_local)]
         self._waiting = [bucket for bucket in self._waiting if bucket not in chosen]

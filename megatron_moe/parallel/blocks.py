@@ -31,9 +31,13 @@ class Block:
 
 def module_blocks(modules: Iterable[nn.Module], state: ParallelState) -> list[Block]:
     """All parameters and remembered states of this rank's stages as blocks under their logical names."""
-    found = []
+    found: list[Block] = []
+    known: set[int] = set()
     for module in modules:
         for name, parameter in module.named_parameters():
+            if id(parameter) in known:  # two stages of one rank share it
+                continue
+            known.add(id(parameter))
             layout = layout_of(parameter)
             for piece in logical_pieces(name, layout, state):
                 found.append(

@@ -15,6 +15,8 @@ from megatron_moe.config.errors import ConfigError
 class Grid:
     """Sizes of all axes of one world; says which ranks share an axis with a rank.
 
+    embedding_places: pipeline ranks that hold a copy of the one embedding; none = the two ends.
+
     Raises ConfigError when the sizes do not multiply to the world.
     """
 
@@ -24,6 +26,7 @@ class Grid:
     pp: int = 1
     ep: int = 1
     etp: int = 1
+    embedding_places: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         dense = self.tp * self.cp * self.pp
@@ -95,8 +98,9 @@ class Grid:
 
     def _embedding(self, rank: int) -> tuple[int, ...]:
         stages = self._dense(rank, "pp")
-        ends = (stages[0], stages[-1]) if self.pp > 1 else (rank,)
-        return ends if rank in ends else (rank,)
+        places = (0, self.pp - 1) if self.embedding_places is None else self.embedding_places
+        holders = tuple(stages[place] for place in sorted(set(places)))
+        return holders if rank in holders else (rank,)
 
 
 AXIS_RANKS = {
@@ -110,7 +114,7 @@ AXIS_RANKS = {
     "ep": lambda grid, rank: grid._expert(rank, "ep"),
     "etp": lambda grid, rank: grid._expert(rank, "etp"),
     "edp": lambda grid, rank: grid._expert(rank, "edp"),
-    # the two ends of a pipeline, which share tied embeddings
+    # the stages that hold a copy of tied embeddings
     "embedding": lambda grid, rank: grid._embedding(rank),
     "world": lambda grid, rank: tuple(range(grid.world_size)),
 }

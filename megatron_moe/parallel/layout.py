@@ -1,8 +1,6 @@
 """A parameter's own statement of how it is split; everything else reads this and nothing else."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +59,8 @@ class ParamLayout:
     def replica_axes(self) -> tuple[str, ...]:
         """Axes, besides reduce_over, along which every rank holds the same numbers."""
         view = ("ep", "etp") if self.reduce_over == "edp" else ("tp",)
-        tied = tuple(name for name in self.sum_over if name == "embedding")
+        # the axes that a weight is tied over
+        tied = tuple(name for name in self.sum_over if name in ("embedding", "pp"))
         return tuple(name for name in view if name not in self.splits.values()) + tied
 
     def is_primary(self, state: ParallelState) -> bool:
@@ -171,10 +170,3 @@ def materialise(module: nn.Module, state: ParallelState, seed: int, device: torc
 def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
     path, _, leaf = name.rpartition(".")
     return module.get_submodule(path), leaf
-
-
-def named_layouts(modules: list[nn.Module]) -> Iterator[tuple[str, Any, ParamLayout]]:
-    """(name, parameter, layout) of every parameter of this rank's stages."""
-    for module in modules:
-        for name, parameter in module.named_parameters():
-            yield name, parameter, layout_of(parameter)

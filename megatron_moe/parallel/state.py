@@ -46,7 +46,7 @@ class ParallelState:
     dp_cp: Axis
     tp_cp: Axis
     stage: Axis  # dp · cp · tp: all ranks of my pipeline stage
-    embedding: Axis  # first and last stage, which share tied embeddings
+    embedding: Axis  # the stages that hold a copy of tied embeddings
     world: Axis
 
     @property

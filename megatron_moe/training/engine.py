@@ -9,7 +9,7 @@ from torch import nn
 from megatron_moe.config.run import RunConfig
 from megatron_moe.data.batch import Batch
 from megatron_moe.layers.weight_gradients import collect_small_gradients
-from megatron_moe.models.build import build_stages, gpt_spec, initialise_stages
+from megatron_moe.models.build import build_stages, embedding_places, gpt_spec, initialise_stages
 from megatron_moe.moe.sparse_layer import SparseLayer
 from megatron_moe.optim.clip import clip_
 from megatron_moe.optim.gradients import GradientBuckets
@@ -37,6 +37,7 @@ def grid_of(config: RunConfig, world_size: int) -> Grid:
         pp=parallel.pipeline_model_parallel_size,
         ep=parallel.expert_model_parallel_size,
         etp=parallel.expert_tensor,
+        embedding_places=embedding_places(config),
     )
 
 
@@ -121,8 +122,10 @@ class Engine:
     def _program(
         self, batches: Sequence[Batch], random: KeyedRandom, objective: Objective, *, train: bool
     ) -> tuple[StepProgram, GlobalCounts]:
-        group_samples = self.config.moe.routing_group_samples
-        counts = count_batches(batches, group_samples, objective.num_passes, self.state, self.device)
+        groups = {"decoder": self.config.moe.routing_group_samples}
+        if self.spec.encoder_layers:
+            groups["encoder"] = self.config.encoder_moe.routing_group_samples
+        counts = count_batches(batches, groups, objective.num_passes, self.state, self.device, self.spec.encoder_layers)
         program = StepProgram(
             self.stages,
             batches,

@@ -45,11 +45,11 @@ class MetricsReducer:
         layers = self._layers(findings)
         targets = max(1.0, counts.loss_tokens)
         aux = {} if consistency is None else {"consistency_loss": consistency / targets}
-        for stats in layers.values():
+        for layer, stats in layers.items():
             for key, value in stats.items():
                 if key.startswith("loss/"):
                     _, per, name = key.split("/")
-                    aux[name] = aux.get(name, 0.0) + float(value) / counts.number_of(per)
+                    aux[name] = aux.get(name, 0.0) + float(value) / counts.number_of(per, layer)
         return StepMetrics(loss / targets, aux, layers)
 
     def _losses(self, findings: Findings) -> tuple[float, float | None]:

@@ -17,21 +17,31 @@ from megatron_moe.parallel.state import Axis
 
 
 @dataclass(frozen=True)
+class StreamCounts:
+    """Of one stream, in every pass."""
+
+    tokens: int  # not padding
+    groups: int  # routing groups
+    sequences: int  # samples
+
+
+@dataclass(frozen=True)
 class GlobalCounts:
     """What the losses of one step are divided by: counts over the whole global batch, known before any forward pass."""
 
     loss_tokens: float  # Σ loss_mask
-    tokens: int  # non-padding tokens, in every pass
-    groups: int  # routing groups, in every pass
-    sequences: int  # samples, in every pass
+    decoder: StreamCounts
+    encoder: StreamCounts | None = None
+    encoder_layers: int = 0  # layers before this one are the encoder's
 
-    def aux_scale(self, loss: AuxLoss) -> float | Tensor:
+    def aux_scale(self, loss: AuxLoss, layer: int) -> float | Tensor:
         """The factor of a router's share in the objective."""
-        return loss.weight / self.number_of(loss.per)
+        return loss.weight / self.number_of(loss.per, layer)
 
-    def number_of(self, unit: str) -> int:
-        """Routing groups, samples or tokens in the global batch, at least 1.   unit: AuxLoss.per"""
-        return max(1, {"group": self.groups, "sequence": self.sequences, "token": self.tokens}[unit])
+    def number_of(self, unit: str, layer: int) -> int:
+        """Routing groups, samples or tokens of the global batch that pass a layer, at least 1.   unit: AuxLoss.per"""
+        counts = self.encoder if self.encoder is not None and layer < self.encoder_layers else self.decoder
+        return max(1, {"group": counts.groups, "sequence": counts.sequences, "token": counts.tokens}[unit])
 
 
 @dataclass(frozen=True)

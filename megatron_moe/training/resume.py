@@ -14,6 +14,7 @@ from megatron_moe.checkpoint.messages import told_by_first
 from megatron_moe.checkpoint.rotate import stored_steps
 from megatron_moe.config.checkpoint import CheckpointConfig
 from megatron_moe.config.errors import ConfigError, NoCheckpointError, StorageError
+from megatron_moe.config.model import ModelConfig
 from megatron_moe.config.moe import MoEConfig
 from megatron_moe.config.run import RunConfig
 from megatron_moe.config.sections import all_settings
@@ -94,15 +95,18 @@ def check_same_data(reader: CheckpointReader, now: Mapping[str, str]) -> None:
 
 def _resolved(run: RunConfig) -> dict[str, Any]:
     """The values that the model's function and the order of samples follow from, however they were written."""
-    model, moe, data = run.model, run.moe, run.data
+    model, data = run.model, run.data
     values: dict[str, Any] = {
         "model.num_layers": model.num_layers,
+        "model.encoder_num_layers": model.encoder_num_layers,
         "model.hidden_size": model.hidden_size,
         "model.ffn_hidden_size": model.ffn_size,
         "model.num_attention_heads": model.num_attention_heads,
         "model.num_query_groups": model.groups,
         "model.kv_channels": model.head_dim,
         "model.position_embedding_type": model.position_embedding_type,
+        "model.relative_attention_num_buckets": model.relative_attention_num_buckets,
+        "model.relative_attention_max_distance": model.relative_attention_max_distance,
         "model.rotary_base": model.rotary_base,
         "model.rotary_percent": model.rotary_percent,
         "model.normalization": model.normalization,
@@ -110,27 +114,34 @@ def _resolved(run: RunConfig) -> dict[str, Any]:
         "model.activation": model.activation,
         "model.qk_layernorm": model.qk_layernorm,
         "model.untie_embeddings_and_output_weights": model.untie_embeddings_and_output_weights,
-        "moe.num_experts": moe.num_experts,
         "data.seq_length": data.seq_length,
         "data.split": data.split_fractions,
         "data.data_path": data.weights,
         "training.seed": run.training.seed,
     }
-    if moe.num_experts:
-        values |= {
-            "moe.layer_freq": moe.moe_layers(model.num_layers),
-            "moe.ffn_hidden_size": moe.expert_ffn_size(model.ffn_size),
-            "moe.router_type": moe.router_type,
-            "moe.router_topk": moe.router_topk,
-            "moe.router_options": _router_options(moe),
-            "moe.shared_expert_intermediate_size": moe.shared_expert_intermediate_size,
-            "moe.shared_expert_gate": moe.shared_expert_gate,
-            "moe.routing_group_samples": moe.routing_group_samples,
-            "moe.activation": moe.activation or model.activation,
-            "moe.expert_bias": moe.expert_bias,
-            "moe.extra_ffn": moe.extra_ffn,
-        }
+    for section, (moe, layers) in zip(("moe", "encoder_moe"), reversed(run.stacks), strict=False):
+        values |= {f"{section}.{name}": value for name, value in _stack(moe, layers, model).items()}
     return values
+
+
+def _stack(moe: MoEConfig, layers: int, model: ModelConfig) -> dict[str, Any]:
+    """The same of the sparse layers of a stack."""
+    if not moe.num_experts:
+        return {"num_experts": 0}
+    return {
+        "num_experts": moe.num_experts,
+        "layer_freq": moe.moe_layers(layers),
+        "ffn_hidden_size": moe.expert_ffn_size(model.ffn_size),
+        "router_type": moe.router_type,
+        "router_topk": moe.router_topk,
+        "router_options": _router_options(moe),
+        "shared_expert_intermediate_size": moe.shared_expert_intermediate_size,
+        "shared_expert_gate": moe.shared_expert_gate,
+        "routing_group_samples": moe.routing_group_samples,
+        "activation": moe.activation or model.activation,
+        "expert_bias": moe.expert_bias,
+        "extra_ffn": moe.extra_ffn,
+    }
 
 
 def _router_options(moe: MoEConfig) -> dict[str, Any]:

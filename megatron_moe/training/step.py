@@ -1,12 +1,12 @@
 """One step: the program that the pipeline plays, and what it found."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from megatron_moe.data.batch import Batch
+from megatron_moe.data.batch import Batch, Inputs, Stream
 from megatron_moe.layers.context import ForwardContext, SequenceView
 from megatron_moe.layers.context_parallel import context_rows
 from megatron_moe.layers.weight_gradients import Deferred, Immediate
@@ -16,39 +16,56 @@ from megatron_moe.parallel.random import KeyedRandom
 from megatron_moe.parallel.state import ParallelState
 from megatron_moe.pipeline.executor import Played
 from megatron_moe.pipeline.transfer import Edge
-from megatron_moe.training.objective import GlobalCounts, Objective, TokenLosses, token_losses
+from megatron_moe.training.objective import GlobalCounts, Objective, StreamCounts, TokenLosses, token_losses
 
 
-def view_of(batch: Batch, state: ParallelState, device: torch.device, num_passes: int = 1) -> SequenceView:
-    """The decoder stream as the layers see it, the samples num_passes times one after the other.
+def view_of(
+    stream: Inputs, sample_ids: Tensor, state: ParallelState, device: torch.device, num_passes: int = 1
+) -> SequenceView:
+    """A stream as the layers see it, the samples num_passes times one after the other.
 
-    The batch is still on the host, where the packing flag is read.
+    The stream is still on the host, where the packing flag is read.
     """
-    stream = batch.decoder
+    prefix = stream.prefix if isinstance(stream, Stream) else None
     segmented = bool((stream.segments != 0).any())
     length = stream.tokens.shape[1]
     return SequenceView(
         tokens=stream.tokens.t().repeat(1, num_passes).to(device),
         positions=stream.position_ids.t().repeat(1, num_passes).to(device),
         segments=stream.segments.t().repeat(1, num_passes).to(device),
-        sample_ids=batch.sample_ids.repeat(num_passes).to(device),
+        sample_ids=sample_ids.repeat(num_passes).to(device),
         rows=context_rows(length, state.cp.size, state.cp.rank, device),
         segmented=segmented,
         num_passes=num_passes,
+        prefix=None if prefix is None else prefix.t().repeat(1, num_passes).to(device),
     )
 
 
 def count_batches(
-    batches: Sequence[Batch], group_samples: int, num_passes: int, state: ParallelState, device: torch.device
+    batches: Sequence[Batch],
+    group_samples: Mapping[str, int],
+    num_passes: int,
+    state: ParallelState,
+    device: torch.device,
+    encoder_layers: int = 0,
 ) -> GlobalCounts:
-    """Counts over the global batch: each data-parallel rank brings its own microbatches."""
+    """Counts over the global batch: each data-parallel rank brings its own microbatches.
+
+    group_samples: samples of a routing group, by stream.
+    """
     loss_tokens = sum(float(batch.decoder.loss_mask.sum()) for batch in batches)
-    tokens = sum(int((batch.decoder.segments >= 0).sum()) for batch in batches)
+    own = [loss_tokens, *(number for name, size in group_samples.items() for number in _count(batches, name, size))]
+    total, *often = state.dp.comm.all_reduce_(torch.tensor(own, dtype=torch.float64, device=device)).tolist()
+    numbers = iter(num_passes * int(number) for number in often)
+    streams = {name: StreamCounts(next(numbers), next(numbers), next(numbers)) for name in group_samples}
+    return GlobalCounts(total, streams["decoder"], streams.get("encoder"), encoder_layers)
+
+
+def _count(batches: Sequence[Batch], stream: str, group_samples: int) -> tuple[int, int, int]:
+    """Tokens, routing groups and samples of one stream here."""
+    tokens = sum(int((batch.streams[stream].segments >= 0).sum()) for batch in batches)
     groups = sum(-(-batch.sample_ids.shape[0] // group_samples) for batch in batches)
-    samples = sum(batch.sample_ids.shape[0] for batch in batches)
-    found = torch.tensor([loss_tokens, tokens, groups, samples], dtype=torch.float64, device=device)
-    loss_tokens, *often = state.dp.comm.all_reduce_(found).tolist()
-    return GlobalCounts(loss_tokens, *(num_passes * int(number) for number in often))
+    return tokens, groups, sum(batch.sample_ids.shape[0] for batch in batches)
 
 
 @dataclass
@@ -97,7 +114,7 @@ class StepProgram:
         """random: at (seed, step).   aux_share: what each layer's auxiliary losses are multiplied by."""
         self._stages = dict(enumerate(stages, start=state.pp.rank))
         self._batches = batches
-        self._views = [view_of(batch, state, device, objective.num_passes) for batch in batches]
+        self._views = [self._views_of(batch, state, objective.num_passes, device) for batch in batches]
         self._objective = objective
         self._aux_share = aux_share
         self._counts = counts
@@ -107,13 +124,20 @@ class StepProgram:
         self._train = train
         self.findings = Findings()
 
+    @staticmethod
+    def _views_of(batch: Batch, state: ParallelState, num_passes: int, device: torch.device) -> dict[str, SequenceView]:
+        return {
+            name: view_of(stream, batch.sample_ids, state, device, num_passes) for name, stream in batch.streams.items()
+        }
+
     def edge(self, stage: int, microbatch: int) -> Edge:
-        return next(iter(self._stages.values())).edge(self._context(microbatch, None))
+        return next(iter(self._stages.values())).edge(stage, self._context(microbatch, None))
 
     def _context(self, microbatch: int, sink: Immediate | Deferred | None) -> ForwardContext:
         any_stage = next(iter(self._stages.values()))
         return ForwardContext(
-            view=self._views[microbatch],
+            view=self._views[microbatch]["decoder"],
+            source=self._views[microbatch].get("encoder"),
             random=self._random,
             train=self._train,
             sequence_parallel=any_stage.spec.sequence_parallel,
@@ -133,7 +157,7 @@ class StepProgram:
         for report in output.reports:
             self.findings.add_report(report)
             weighed = [loss for loss in report.aux_losses.values() if isinstance(loss.weight, Tensor) or loss.weight]
-            losses += [loss.share * (self._counts.aux_scale(loss) * self._aux_share) for loss in weighed]
+            losses += [loss.share * (self._counts.aux_scale(loss, report.layer) * self._aux_share) for loss in weighed]
         if stage.last:
             stream = self._batches[microbatch].decoder
             found = token_losses(

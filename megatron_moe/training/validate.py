@@ -34,6 +34,8 @@ def _check_layer(spec: LayerSpec, config: RunConfig) -> list[str]:
             f"--moe-consistency-coeff {moe.consistency_coeff:g} has no effect with the router {moe.router_type}, which "
             f"draws nothing while training, so that two passes agree; leave it out, or use thor."
         )
+    if not spec.attention.causal:
+        return []
     if not method_here.is_causal:
         problem = f"--moe-router-type {moe.router_type}"
         instead = "use a causal router (top_k, switch, gshard, st_moe; tools/list_routers.py names them all)"

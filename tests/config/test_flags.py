@@ -47,9 +47,9 @@ def test_help_shows_each_flag_once() -> None:
 
 
 def test_help_is_grouped_by_section_in_order() -> None:
-    headings = re.findall(r"^([a-z]+):$", HELP, flags=re.MULTILINE)
+    headings = re.findall(r"^([a-z_]+):$", HELP, flags=re.MULTILINE)
     assert headings == ["options", *section_types()]
-    groups = re.split(r"^[a-z]+:$", HELP, flags=re.MULTILINE)[2:]
+    groups = re.split(r"^[a-z_]+:$", HELP, flags=re.MULTILINE)[2:]
     for section, group in zip(section_types(), groups, strict=True):
         own = [setting.flag for key, setting in all_settings().items() if key.startswith(f"{section}.")]
         assert [flag for flag in options_in(group) if flag in own] == own
@@ -60,8 +60,8 @@ def test_every_option_has_a_help_text_with_its_default() -> None:
     assert all(len(setting.option.help) > 5 for setting in all_settings().values())
     for sentence in ("query heads in a layer (required)", "0.01 in Switch", "(default false)", "(default cosine)"):
         assert sentence in text
-    # an option that is unset has no default to show; three are choices: norms, expert bias, extra layer
-    assert text.count("(default none)") == 3
+    # an option that is unset has no default to show; five are choices: norms; expert bias and extra layer of two stacks
+    assert text.count("(default none)") == 5
     assert "(default [])" not in text and "(default {})" not in text
 
 
@@ -115,7 +115,10 @@ def test_what_a_flag_gives(words: str, key: str, value: Any) -> None:
         ("--moe-router-topk 2.0", "--moe-router-topk 2.0: expected an integer of at least 1."),
         ("--lr nan", "--lr nan: expected a number above 0."),
         ("--num-layers none", "--num-layers none: expected an integer of at least 1."),
-        ("--activation swiglue", "--activation swiglue: expected swiglu, geglu, gelu or relu; did you mean 'swiglu'?"),
+        (
+            "--activation swiglue",
+            "--activation swiglue: expected swiglu, geglu, geglu_tanh, gelu or relu; did you mean 'swiglu'?",
+        ),
         ("--moe-router-options jitter", "--moe-router-options jitter: expected name=value, such as jitter=0.1."),
         ("--moe-router-options =1", "--moe-router-options =1: expected name=value"),
         ("--lr", "--lr: expected one argument; see --help."),

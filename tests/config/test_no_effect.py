@@ -57,6 +57,21 @@ def test_moe_options_need_experts(name: str) -> None:
     assert str(caught.value).endswith(DENSE_MODEL)
 
 
+@pytest.mark.parametrize("name", [*MOE_VALUES, "num_experts"])
+def test_options_of_an_encoder_need_one(name: str) -> None:
+    with pytest.raises(
+        ConfigError, match=r"^--(no-)?encoder-.* has no effect without an encoder; .*--encoder-num-layers"
+    ):
+        dense({f"encoder_moe.{name}": MOE_VALUES.get(name, 4)})
+
+
+@pytest.mark.parametrize("name", MOE_VALUES)
+def test_sparse_options_of_an_encoder_need_its_experts(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"has no effect with --encoder-num-experts 0 \(a dense encoder\)"):
+        sparse({"model.encoder_num_layers": 2, f"encoder_moe.{name}": MOE_VALUES[name]})
+
+
+ENCODER = {"model.encoder_num_layers": 2, "encoder_moe.num_experts": 4}
 CAPACITY = {"moe.expert_capacity_factor": 1.0}
 SAVE, LOAD = {"checkpoint.save": "runs"}, {"checkpoint.load": "runs"}
 WSD = {"optimizer.lr_decay_style": "WSD", "optimizer.lr_wsd_decay_iters": 5}
@@ -82,6 +97,26 @@ CASES: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
         {"model.position_embedding_type": "none", "model.rotary_percent": 0.5},
         "without rotary embedding",
         {"model.position_embedding_type": "rope"},
+    ),
+    (
+        {"model.relative_attention_num_buckets": 16},
+        "--relative-attention-num-buckets 16 (from the recipe) has no effect without relative positions",
+        {"model.position_embedding_type": "relative"},
+    ),
+    (
+        {"model.relative_attention_max_distance": 64},
+        "without relative positions",
+        {"model.position_embedding_type": "relative"},
+    ),
+    (
+        {**ENCODER, "encoder_moe.min_capacity": 4},
+        "give --encoder-moe-expert-capacity-factor.",
+        {"encoder_moe.expert_capacity_factor": 1.0},
+    ),
+    (
+        {**ENCODER, "encoder_moe.shared_expert_gate": True},
+        "give --encoder-moe-shared-expert-intermediate-size.",
+        {"encoder_moe.shared_expert_intermediate_size": 64},
     ),
     (
         {"moe.consistency_cross_entropy": "mean"},
@@ -132,7 +167,26 @@ def test_an_idle_option_is_refused_until_it_counts(
 
 def test_every_rule_is_tested_and_names_options_that_exist() -> None:
     tested = {key for case in CASES for key in case[0]} | {f"moe.{name}" for name in MOE_VALUES}
+    tested |= {f"encoder_moe.{name}" for name in (*MOE_VALUES, "num_experts")}
     assert {key for rule in RULES for key in rule.keys} <= tested & set(all_settings())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("consistency_coeff", 1.0),
+        ("consistency_cross_entropy", "mean"),
+        ("aux_layer_reduction", "mean"),
+        ("allow_noncausal", True),
+    ],
+)
+def test_what_an_encoder_cannot_have_alone_is_refused(name: str, value: object) -> None:
+    with pytest.raises(ConfigError, match="of the whole model|sees all of its text anyway"):
+        sparse({**ENCODER, f"encoder_moe.{name}": value})
+
+
+def test_a_sparse_encoder_beside_a_dense_decoder_has_the_options_of_the_whole_model() -> None:
+    assert dense({**ENCODER, "moe.aux_layer_reduction": "mean"}).moe.aux_layer_reduction == "mean"
 
 
 def test_a_flag_is_refused_as_well_and_says_where_it_came_from() -> None:

@@ -87,4 +87,7 @@ def test_every_default_is_a_value_that_its_option_accepts() -> None:
 
 
 def test_sections_are_in_the_order_of_the_house() -> None:
-    assert " ".join(section_types()) == "model moe parallel precision data training optimizer checkpoint logging"
+    assert (
+        " ".join(section_types())
+        == "model moe encoder_moe parallel precision data training optimizer checkpoint logging"
+    )

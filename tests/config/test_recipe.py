@@ -45,7 +45,7 @@ WRONG = [
     ({"data": {"data_path": [["a"]]}}, "expected a list of strings."),
     ({"training": {"train_iters": 0}}, "train_iters = 0: expected an integer of at least 1, or none."),
     ({"model": {"num_layers": None}}, "num_layers = none: expected an integer of at least 1."),
-    ({"model": {"activation": "swiglue"}}, "expected swiglu, geglu, gelu or relu; did you mean 'swiglu'?"),
+    ({"model": {"activation": "swiglue"}}, "expected swiglu, geglu, geglu_tanh, gelu or relu; did you mean 'swiglu'?"),
     ({"precision": {"dtype": 16}}, "recipe.toml: [precision] dtype = 16: expected fp32, bf16 or fp64."),
 ]
 

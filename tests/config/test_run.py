@@ -102,6 +102,7 @@ def test_explain_shows_every_value_with_its_origin_aligned() -> None:
         *(
             "[model]",
             "[moe]",
+            "[encoder_moe]",
             "[parallel]",
             "[precision]",
             "[data]",

@@ -7,7 +7,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from megatron_moe.layers.attention import Attention, AttentionShape, GatheredAttention
+from megatron_moe.layers.attention import Attention, AttentionShape
+from megatron_moe.layers.attention_core import GatheredAttention
 from megatron_moe.layers.weight_gradients import Deferred
 from megatron_moe.parallel.state import ParallelState
 from tests.layers.contexts import context, make, wide_sum

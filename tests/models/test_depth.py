@@ -45,7 +45,7 @@ def block_of(**options: str) -> DepthBlock:
 
 
 def context(numbers: list[int], *, train: bool = True) -> ForwardContext:
-    view = view_of(samples(numbers), ALONE, torch.device("cpu"))
+    view = view_of(samples(numbers).decoder, torch.tensor(numbers), ALONE, torch.device("cpu"))
     return ForwardContext(view=view, random=KeyedRandom(1), train=train, sequence_parallel=False)
 
 

@@ -87,7 +87,7 @@ def logits(changes: dict[str, Any], num_stages: int) -> torch.Tensor:
         initialise_stages(stages, state, 3, CPU)
         for stage in stages:
             if tensors:
-                edge = stage.edge(ctx)
+                edge = stage.edge(stage.number, ctx)
                 assert {name: (tuple(value.shape), value.dtype) for name, value in tensors.items()} == edge
             output = stage(tensors, ctx)
             tensors = output.tensors
@@ -118,8 +118,8 @@ def test_the_edge_of_a_sequence_parallel_rank_is_its_share_of_the_rows() -> None
     for rank, rows in ((0, 3), (1, 2)):
         stages, state = stages_of({"parallel.tensor_model_parallel_size": 2}, Grid(4, tp=2, pp=2), rank)
         ctx = context(5, 3, state, sequence_parallel=True)
-        assert stages[0].edge(ctx) == {"hidden": ((rows, 3, 64), torch.float64)}
-        assert stages[0].edge(context(5, 3, state)) == {"hidden": ((5, 3, 64), torch.float64)}
+        assert stages[0].edge(1, ctx) == {"hidden": ((rows, 3, 64), torch.float64)}
+        assert stages[0].edge(1, context(5, 3, state)) == {"hidden": ((5, 3, 64), torch.float64)}
 
 
 def test_layer_norm_brings_biases_and_a_dense_model_no_experts() -> None:

@@ -116,12 +116,16 @@ def test_frozen_parameters_are_left_alone() -> None:
         alone(frozen)
 
 
-def test_a_parameter_in_two_stages_is_refused() -> None:
-    weight = parameter(4)
-    with pytest.raises(ValueError, match="share a parameter"):
-        GradientBuckets(
-            [[("a.weight", weight)], [("b.weight", weight)]], ParallelState.alone(), bucket_elements=10, sharded=False
-        )
+def test_a_parameter_of_two_stages_stands_once_and_waits_for_both() -> None:
+    state, tallies = ParallelState.recorded(Grid(2), rank=0)
+    weight, own = parameter(4), parameter(4)
+    stages = [[("tied", weight)], [("tied", weight), ("own", own)]]
+    buckets = GradientBuckets(stages, state, bucket_elements=100, sharded=False)
+    assert [[segment.name for segment in bucket.segments] for bucket in buckets.buckets] == [["tied"], ["own"]]
+    buckets.zero_()
+    for stage, calls in ((0, 0), (1, 1), (None, 2)):
+        buckets.reduce(stage)
+        assert tallies["dp_cp"].calls.get("all_reduce", 0) == calls
 
 
 def test_a_stage_is_reduced_when_told_and_only_once() -> None:

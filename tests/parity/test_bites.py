@@ -19,7 +19,7 @@ from megatron_moe.certify.tiny_run import (
     worst_difference,
 )
 from megatron_moe.layers import norm
-from megatron_moe.layers.attention import GatheredAttention
+from megatron_moe.layers.attention_core import GatheredAttention
 from megatron_moe.moe import losses
 from megatron_moe.moe.routers import router
 from megatron_moe.optim import clip
@@ -86,8 +86,8 @@ def _local_norm(buckets: Any) -> float:
     return float(sum(float(bucket.own_gradients.square().sum()) for bucket in buckets.buckets) ** 0.5)
 
 
-def _local_causal(self: Any, keys: int, causal: bool, ctx: Any) -> torch.Tensor:
-    return torch.ones(ctx.view.num_rows, keys, dtype=torch.bool).tril()[None, None]
+def _local_causal(self: Any, keys: int, sight: Any) -> torch.Tensor:
+    return torch.ones(sight.queries.num_rows, keys, dtype=torch.bool).tril()[None, None]
 
 
 def _draws_by_row(self: KeyedRandom, keys: torch.Tensor) -> torch.Tensor:
@@ -132,7 +132,7 @@ MISTAKES = {
     "replicas counted twice in the norm": Mistake(Bucket, "speaks_for", lambda self, layout: True, {TP: 2}),
     "clipping by the norm of one rank": Mistake(clip, "global_norm", _local_norm, {}),
     "auxiliary losses not divided by the groups": Mistake(
-        GlobalCounts, "aux_scale", lambda self, aux: aux.weight / 2, {}
+        GlobalCounts, "aux_scale", lambda self, aux, layer: aux.weight / 2, {}
     ),
     "balance counts of one rank": Mistake(losses, "sum_over", lambda tensor, axis: tensor, {TP: 2}),
     "causal order by local rows": Mistake(GatheredAttention, "_mask", _local_causal, {CP: 2}),

@@ -10,7 +10,7 @@ from megatron_moe.moe.plan import AuxLoss, RoutingReport
 from megatron_moe.parallel.grid import Grid
 from megatron_moe.parallel.state import ParallelState
 from megatron_moe.training.metrics import MetricsReducer, StepMetrics, summarise_routing
-from megatron_moe.training.objective import GlobalCounts, TokenLosses
+from megatron_moe.training.objective import GlobalCounts, StreamCounts, TokenLosses
 from megatron_moe.training.step import Findings
 from tests.training.samples import layer_stats
 
@@ -38,7 +38,7 @@ def test_one_rank_by_hand() -> None:
     findings.add_report(report(1, [3, 1], 2.0, 8.0))
     findings.add_report(report(3, [2, 2], 3.0, 4.0))
     findings.add_report(report(1, [0, 4], 5.0, 4.0))
-    found = plain(MetricsReducer(ParallelState.alone(), CPU).reduce(findings, GlobalCounts(5.0, 8, 4, 4)))
+    found = plain(MetricsReducer(ParallelState.alone(), CPU).reduce(findings, GlobalCounts(5.0, StreamCounts(8, 4, 4))))
     assert found["loss"] == 2.0  # 10 nats over 5 tokens
     assert found["aux"] == {"load_balance_loss": 2.5, "z_loss": 2.0}  # (2+3+5) / 4 groups, (8+4+4) / 8 tokens
     assert list(found["layers"]) == [1, 3]
@@ -48,7 +48,7 @@ def test_one_rank_by_hand() -> None:
 
 
 def test_a_dense_model_and_a_batch_of_padding_only() -> None:
-    found = MetricsReducer(ParallelState.alone(), CPU).reduce(Findings(), GlobalCounts(0.0, 0, 0, 0))
+    found = MetricsReducer(ParallelState.alone(), CPU).reduce(Findings(), GlobalCounts(0.0, StreamCounts(0, 0, 0)))
     assert plain(found) == {"loss": 0.0, "aux": {}, "layers": {}}
     assert summarise_routing(found.layers) is None
 
@@ -65,7 +65,7 @@ def reduce_twice(rank: int, world_size: int, dense: bool) -> list[dict[str, Any]
         for layer in () if dense else (1, 3) if state.pp.is_last else (0,):
             counts = [step, rank, 1] if layer else [rank, 10]
             findings.add_report(report(layer, counts, float(step), 1.0))
-        found.append(plain(reducer.reduce(findings, GlobalCounts(2.0, 16, 4, 4))))
+        found.append(plain(reducer.reduce(findings, GlobalCounts(2.0, StreamCounts(16, 4, 4)))))
     return found
 
 

@@ -33,6 +33,10 @@ def saved(**changes: dict[str, Any]) -> CheckpointReader:
         ({"model": {"num_query_groups": None}}, ["--num-query-groups was 2 and is 4"]),
         ({"moe": {"layer_freq": "1"}}, ["--moe-layer-freq was [false, true] and is [true, true]"]),
         (
+            {"model": {"encoder_num_layers": 2}, "encoder_moe": {"num_experts": 4}},
+            ["--encoder-num-layers was 0 and is 2"],
+        ),
+        (
             {"moe": {"router_options": {"topk_scaling_factor": "2.5"}}},
             ["--moe-router-options was {", '"topk_scaling_factor": 1.0', "and is {", '"topk_scaling_factor": 2.5'],
         ),
@@ -71,6 +75,16 @@ def test_a_routers_losses_may_weigh_otherwise_but_its_choice_may_not_change() ->
     check_same_run(before, job(CORPUS, **sam(align_coeff="0.1", renormalise="false")))
     with pytest.raises(ConfigError, match='--moe-router-options was .*"groups": 2'):
         check_same_run(before, job(CORPUS, **sam(groups="4")))
+
+
+def test_the_experts_of_an_encoder_are_compared_as_well() -> None:
+    def encoder(**moe: Any) -> dict[str, Any]:
+        return {"model": {"encoder_num_layers": 2}, "encoder_moe": {"num_experts": 4, **moe}}
+
+    before = saved(**encoder())
+    check_same_run(before, job(CORPUS, **encoder(aux_loss_coeff=0.1)))
+    with pytest.raises(ConfigError, match="--encoder-moe-router-topk was 2 and is 1"):
+        check_same_run(before, job(CORPUS, **encoder(router_topk=1)))
 
 
 def test_another_tokenizer_is_refused_and_one_that_was_not_noted_is_not() -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from megatron_moe.layers.attention import GatheredAttention
+from megatron_moe.layers.attention_core import GatheredAttention, Sight
 from megatron_moe.layers.context import ForwardContext
 from megatron_moe.layers.loss import vocabulary_cross_entropy
 from megatron_moe.models.whole import plain_context
@@ -210,7 +210,7 @@ def check_attention(dtype: str, record: Recorder) -> None:
         allowed = (before & (document[:, :, None] == document[:, None, :]))[:, None, None]
 
         def function(query: Tensor, key: Tensor, value: Tensor, ctx: ForwardContext = ctx) -> Tensor:
-            return core(query, key, value, True, ctx)
+            return core(query, key, value, Sight(ctx.view, ctx.view, causal=True))
 
         def reference(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor = allowed) -> Tensor:
             scores = torch.einsum("sbgqd,tbgd->bgqst", query, key) / math.sqrt(width)
