@@ -27,6 +27,16 @@ LAYOUTS: dict[str, Layout] = {
     "micro-batches of 2": Layout(1, {}, 2),
     "micro-batches of 4": Layout(1, {}, 4),
     "recomputation": Layout(1, {"recompute_granularity": "full"}),
+    "recomputation, 2 layers at a time": Layout(1, {"recompute_granularity": "full", "recompute_num_layers": 2}),
+    "recomputation of a stage's first layer": Layout(
+        1, {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 1}
+    ),
+    "recomputation of parts": Layout(
+        1, {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "layernorm", "moe_act"]}, 2
+    ),
+    "recomputation of larger parts": Layout(
+        1, {"recompute_granularity": "selective", "recompute_modules": ["mlp", "moe"]}
+    ),
     "TP 2 with sequence parallelism": Layout(2, {TP: 2}),
     "TP 2": Layout(2, {TP: 2, "sequence_parallel": False}, 2),
     "CP 2": Layout(2, {CP: 2}),
@@ -44,6 +54,9 @@ LAYOUTS: dict[str, Layout] = {
     "EP 2 x ETP 2": Layout(4, {EP: 2, ETP: 2}),
     "TP 2 x PP 2 x EP 2": Layout(8, {TP: 2, PP: 2, EP: 2, ETP: 1}),
     "TP 2 x PP 2 x EP 2 x ETP 2": Layout(8, {TP: 2, PP: 2, EP: 2, ETP: 2}, 2),
+    "TP 2 x EP 2, recomputation of parts": Layout(
+        2, {TP: 2, EP: 2, ETP: 1, "recompute_granularity": "selective", "recompute_modules": ["core_attn", "moe_act"]}
+    ),
     "TP 2 x PP 2 x EP 2, recomputation, split backward": Layout(
         8, {TP: 2, PP: 2, EP: 2, ETP: 1, "recompute_granularity": "full", "pipeline_schedule": "1f1b_split"}
     ),

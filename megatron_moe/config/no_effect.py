@@ -99,6 +99,16 @@ RULES = (
         "without rotary embedding; leave it out, or use --position-embedding-type rope",
     ),
     Rule(
+        ("parallel.recompute_method", "parallel.recompute_num_layers"),
+        lambda run: run.parallel.recompute_granularity != "full",
+        "without recomputation of whole layers; leave it out, or give --recompute-granularity full",
+    ),
+    Rule(
+        ("parallel.recompute_modules",),
+        lambda run: run.parallel.recompute_granularity != "selective",
+        "without selective recomputation; leave it out, or give --recompute-granularity selective",
+    ),
+    Rule(
         RELATIVE,
         lambda run: run.model.position_embedding_type != "relative",
         "without relative positions; leave it out, or use --position-embedding-type relative",

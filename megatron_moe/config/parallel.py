@@ -5,6 +5,8 @@ from typing import ClassVar
 
 from megatron_moe.config.options import check_values, option
 
+RECOMPUTE_MODULES = ("core_attn", "layernorm", "mlp", "moe", "moe_act")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
@@ -31,8 +33,23 @@ class ParallelConfig:
     )
     recompute_granularity: str | None = option(
         None,
-        "full = keep only the input of each layer, and run the layer again in the backward pass; none = keep all",
-        choices=("full",),
+        "full = keep only the input of each layer, and run the layer again in the backward pass; selective = run only "
+        "--recompute-modules again; none = keep all",
+        choices=("full", "selective"),
+    )
+    recompute_method: str | None = option(
+        None,
+        "of full: uniform = all layers, --recompute-num-layers at a time; block = the first so many of each stage; "
+        "none = uniform",
+        choices=("uniform", "block"),
+    )
+    recompute_num_layers: int | None = option(
+        None, "of full: layers that share one kept input, or layers of each stage; none = 1", at_least=1
+    )
+    recompute_modules: tuple[str, ...] = option(
+        (),
+        "of selective: core_attn, layernorm, mlp (dense), moe (whole sparse layer), moe_act (activation of experts); "
+        "none given = core_attn",
     )
     use_distributed_optimizer: bool = option(True, "split the optimizer state over the data-parallel ranks (ZeRO-1)")
     ddp_bucket_size: int = option(40_000_000, "gradients are reduced in buckets of about so many elements", at_least=1)
@@ -43,6 +60,13 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         check_values(self)
+
+    @property
+    def modules_to_recompute(self) -> frozenset[str]:
+        """Those that run again in the backward pass, with selective recomputation."""
+        if self.recompute_granularity != "selective":
+            return frozenset()
+        return frozenset(self.recompute_modules or ("core_attn",))
 
     @property
     def expert_tensor(self) -> int:

@@ -6,12 +6,13 @@ from collections.abc import Iterable
 
 from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.moe import MoEConfig
+from megatron_moe.config.parallel import RECOMPUTE_MODULES
 from megatron_moe.config.sections import Sections
 
 
 def check_relations(run: Sections) -> None:
     """Raise ConfigError for the first relation between sections that does not hold."""
-    for check in (_vocabulary, _tensor, _pipeline, _sequence, _experts, _dispatch, _routing_groups, _learning_rate):
+    for check in CHECKS:
         check(run)
 
 
@@ -155,6 +156,28 @@ def _routing_groups(run: Sections) -> None:
             )
 
 
+def _recomputation(run: Sections) -> None:
+    parallel = run.parallel
+    unknown = [name for name in parallel.recompute_modules if name not in RECOMPUTE_MODULES]
+    if unknown:
+        raise ConfigError(f"--recompute-modules {unknown[0]}: expected one or more of {', '.join(RECOMPUTE_MODULES)}.")
+    sparse = [all_sparse for moe, layers in run.stacks for all_sparse in moe.moe_layers(layers)]
+    dense_parts = not all(sparse) or any(moe.extra_ffn != "none" for moe, _ in run.stacks)
+    idle = {
+        "moe": (not any(sparse), "without experts"),
+        "moe_act": (not any(sparse), "without experts"),
+        "mlp": (not dense_parts, "when every layer is sparse"),
+        "layernorm": (
+            parallel.uses_sequence_parallel,
+            "with sequence parallelism, for what is kept is gathered from all ranks",
+        ),
+    }
+    for name in parallel.modules_to_recompute:
+        has_none, because = idle.get(name, (False, ""))
+        if has_none:
+            raise ConfigError(f"--recompute-modules {name} has no effect {because}; leave it out.")
+
+
 def _learning_rate(run: Sections) -> None:
     optimizer = run.optimizer
     end, warmup = optimizer.decay_steps(run.training.num_steps), optimizer.lr_warmup_iters
@@ -167,3 +190,16 @@ def _learning_rate(run: Sections) -> None:
             f"--lr-wsd-decay-iters {last} after --lr-warmup-iters {warmup} is more than {flag} {end}; "
             f"shorten them to {end} steps together."
         )
+
+
+CHECKS = (
+    _vocabulary,
+    _tensor,
+    _pipeline,
+    _sequence,
+    _experts,
+    _dispatch,
+    _routing_groups,
+    _recomputation,
+    _learning_rate,
+)

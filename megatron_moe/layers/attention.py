@@ -83,7 +83,8 @@ class Attention(nn.Module):
         qkv = qkv.view(*qkv.shape[:2], groups, self.per_group + 2, width)
         query, key, value = qkv.split([self.per_group, 1, 1], dim=3)
         query, key = self._place(query, key, ctx)
-        key, value = key.squeeze(3), value.squeeze(3)
+        # a copy: as a view it would keep all of qkv for the backward pass
+        key, value = key.squeeze(3), value.squeeze(3).contiguous()
         if ctx.cache is not None:
             key, value = ctx.cache.append(self.index, key, value)
         sight = Sight(view, view, self.shape.causal, ctx.bias, cached=ctx.cache is not None)

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from megatron_moe.layers.context import SequenceView
 from megatron_moe.layers.context_parallel import gather_sequence
+from megatron_moe.layers.recompute import run_again
 from megatron_moe.parallel.state import Axis
 
 
@@ -67,7 +68,7 @@ class GatheredAttention:
         self.cp = cp
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, sight: Sight) -> Tensor:
-        if not sight.cached:
+        if not sight.cached and self.cp.size > 1:
             key, value = gather_sequence(torch.stack([key, value], dim=-2), self.cp, sight.keys.length).unbind(-2)
         mask = self._mask(key.shape[0], sight)
         causal = sight.causal and mask is None and query.shape[0] > 1
@@ -81,6 +82,19 @@ class GatheredAttention:
             return None
         allowed = sight.allowed(view.rows, torch.arange(keys, device=view.rows.device))
         return allowed if sight.bias is None else biased(sight.bias, allowed)
+
+
+class RecomputedAttention:
+    """A core of which only queries, keys and values are kept: it runs again in the backward pass."""
+
+    def __init__(self, core: AttentionCore) -> None:
+        self.core = core
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, sight: Sight) -> Tensor:
+        if not torch.is_grad_enabled():
+            return self.core(query, key, value, sight)
+        found: Tensor = run_again(self.core, query, key, value, sight)
+        return found
 
 
 def biased(bias: Tensor, allowed: Tensor) -> Tensor:

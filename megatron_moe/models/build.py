@@ -8,6 +8,7 @@ from torch import nn
 
 from megatron_moe.config.run import RunConfig
 from megatron_moe.layers.attention import AttentionShape
+from megatron_moe.layers.recompute import Recomputation
 from megatron_moe.models.gpt import GPTSpec, GPTStage
 from megatron_moe.models.transformer import LayerSpec
 from megatron_moe.parallel.layout import materialise
@@ -32,10 +33,18 @@ def gpt_spec(config: RunConfig, vocab_size: int) -> GPTSpec:
         norm_epsilon=model.norm_epsilon,
         dtype=DTYPES[config.precision.dtype],
         sequence_parallel=config.parallel.uses_sequence_parallel,
-        recompute=config.parallel.recompute_granularity == "full",
+        recompute=_recomputation(config),
         relative_buckets=model.relative_attention_num_buckets if relative else 0,
         relative_distance=model.relative_attention_max_distance if relative else 0,
     )
+
+
+def _recomputation(config: RunConfig) -> Recomputation:
+    parallel = config.parallel
+    if parallel.recompute_granularity == "full":
+        number = parallel.recompute_num_layers or 1
+        return Recomputation(1, first=number) if parallel.recompute_method == "block" else Recomputation(number)
+    return Recomputation(modules=parallel.modules_to_recompute)
 
 
 def _decoder_layers(config: RunConfig, vocab_size: int) -> list[LayerSpec]:
@@ -91,6 +100,7 @@ def _layer(config: RunConfig, vocab_size: int, stack: int, *, causal: bool) -> L
         sequence_parallel=config.parallel.uses_sequence_parallel,
         vocab_size=vocab_size,
         seed=config.training.seed,
+        recompute_modules=config.parallel.modules_to_recompute,
     )
 
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from megatron_moe.layers.context import ForwardContext, SequenceView
 from megatron_moe.layers.embedding import VocabularyEmbedding, VocabularyHead, project_to_vocabulary
 from megatron_moe.layers.norm import Norm
+from megatron_moe.layers.recompute import Recomputation, run_again
 from megatron_moe.layers.relative_bias import RelativeBias
 from megatron_moe.models.depth import build_block
 from megatron_moe.models.transformer import LayerSpec
@@ -37,7 +37,7 @@ class GPTSpec:
     norm_epsilon: float
     dtype: torch.dtype
     sequence_parallel: bool
-    recompute: bool = False  # run each layer again in the backward pass instead of keeping its tensors
+    recompute: Recomputation = Recomputation()
     relative_buckets: int = 0  # of relative positions; 0: there are none
     relative_distance: int = 0
 
@@ -166,12 +166,23 @@ class GPTStage(nn.Module):
     def _through(self, stream: str, hidden: Tensor | None, ctx: ForwardContext, reports: list[RoutingReport]) -> Tensor:
         """The stream's layers of this stage; a stream that begins here is embedded."""
         found: Tensor = self.embedding(ctx) if hidden is None else hidden
-        for index, layer in self.layers.items():
-            if self.spec.layers[int(index)].stream == stream:
-                found, report = self._run(layer, found, ctx)
-                if report is not None:
-                    reports.append(report)
+        own = [name for name in self.layers if self.spec.layers[int(name)].stream == stream]
+        for names, again in self.spec.recompute.chunks(own):
+            if again and ctx.train:
+                found, new = run_again(self._run, names, found, ctx)
+            else:
+                found, new = self._run(names, found, ctx)
+            reports += new
         return found
+
+    def _run(self, names: list[str], hidden: Tensor, ctx: ForwardContext) -> tuple[Tensor, list[RoutingReport]]:
+        """Some layers, one after the other."""
+        reports = []
+        for name in names:
+            hidden, report = self.layers[name](hidden, ctx)
+            if report is not None:
+                reports.append(report)
+        return hidden, reports
 
     def _logits(self, hidden: Tensor, ctx: ForwardContext) -> Tensor:
         weight = self.embedding.weight if self.spec.tied else self.output.weight
@@ -180,15 +191,6 @@ class GPTStage(nn.Module):
             # an embedding of unit deviation makes large logits  [T5, arXiv:1910.10683]
             hidden = hidden * self.spec.hidden_size**-0.5
         return project_to_vocabulary(hidden, weight, self.tp, ctx)
-
-    def _run(self, layer: nn.Module, hidden: Tensor, ctx: ForwardContext) -> tuple[Tensor, RoutingReport | None]:
-        if not (self.spec.recompute and ctx.train):
-            found: tuple[Tensor, RoutingReport | None] = layer(hidden, ctx)
-            return found
-        # draws are keyed, so that there is no generator to restore; whole layers, for collectives must pair up
-        with set_checkpoint_early_stop(False):
-            found = checkpoint(layer, hidden, ctx, use_reentrant=False, preserve_rng_state=False)
-        return found
 
     def moe_layers(self) -> dict[int, SparseLayer]:
         """The sparse layers of this stage by global index."""

@@ -1,17 +1,19 @@
 """One Transformer layer, built from its own spec, and a run of them."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from megatron_moe.config.moe import MoEConfig
 from megatron_moe.layers.attention import Attention, AttentionShape
-from megatron_moe.layers.attention_core import GatheredAttention
+from megatron_moe.layers.attention_core import AttentionCore, GatheredAttention, RecomputedAttention
 from megatron_moe.layers.context import ForwardContext
 from megatron_moe.layers.cross_attention import CrossAttention
 from megatron_moe.layers.mlp import MLP
 from megatron_moe.layers.norm import Norm
+from megatron_moe.layers.recompute import remade, run_again
 from megatron_moe.moe.capacity import make_limit
 from megatron_moe.moe.experts import Experts
 from megatron_moe.moe.layer import MoELayer, build_dispatcher
@@ -40,6 +42,7 @@ class LayerSpec:
     cross_attention: bool = False  # whether it looks at the encoder's output
     vocab_size: int = 0  # ids that mean something
     seed: int = 0
+    recompute_modules: frozenset[str] = frozenset()  # run again in the backward pass
 
     @property
     def wide(self) -> torch.dtype:
@@ -85,6 +88,7 @@ def build_moe(spec: LayerSpec, moe: MoEConfig, state: ParallelState) -> MoELayer
         dtype=spec.dtype,
         bias=moe.expert_bias,
         dropout=moe.expert_dropout,
+        recompute_activation="moe_act" in spec.recompute_modules,
     )
     dispatcher = build_dispatcher(
         moe.token_dispatcher_type, moe.num_experts, state.ep, state.etp, preferred=router.dispatcher
@@ -149,14 +153,16 @@ class TransformerLayer(nn.Module):
 
     def __init__(self, spec: LayerSpec, state: ParallelState) -> None:
         super().__init__()
+        self.recompute = spec.recompute_modules
+        core: AttentionCore = GatheredAttention(state.cp)
+        if "core_attn" in self.recompute:
+            core = RecomputedAttention(core)
         self.attention_norm = _norm(spec)
-        self.attention = Attention(spec.index, spec.attention, state.tp, GatheredAttention(state.cp), dtype=spec.dtype)
+        self.attention = Attention(spec.index, spec.attention, state.tp, core, dtype=spec.dtype)
         self.looks_across = spec.cross_attention
         if spec.cross_attention:
             self.cross_norm = _norm(spec)
-            self.cross_attention = CrossAttention(
-                spec.index, spec.attention, state.tp, GatheredAttention(state.cp), dtype=spec.dtype
-            )
+            self.cross_attention = CrossAttention(spec.index, spec.attention, state.tp, core, dtype=spec.dtype)
         self.mlp_norm = _norm(spec)
         self.mlp: MLP | SparseLayer
         self.extra_place = "none" if spec.moe is None else spec.moe.extra_ffn
@@ -173,17 +179,32 @@ class TransformerLayer(nn.Module):
         return self.mlp if isinstance(self.mlp, SparseLayer) else None
 
     def forward(self, hidden: Tensor, ctx: ForwardContext) -> tuple[Tensor, RoutingReport | None]:
-        hidden = hidden + self.attention(self.attention_norm(hidden), ctx)
+        hidden = hidden + self._part(self.attention, self.attention_norm, hidden, ctx)
         if self.looks_across:
-            hidden = hidden + self.cross_attention(self.cross_norm(hidden), ctx)
+            hidden = hidden + self._part(self.cross_attention, self.cross_norm, hidden, ctx)
         if self.extra_place == "before":
-            hidden = self.extra_ffn(hidden, ctx)
-        normed = self.mlp_norm(hidden)
+            hidden = self._extra(hidden, ctx)
         if isinstance(self.mlp, SparseLayer):
-            routed = self.mlp(normed, ctx)
+            routed = self._part(self.mlp, self.mlp_norm, hidden, ctx, again="moe" in self.recompute)
             hidden, report = hidden + routed.hidden, routed.report
         else:
-            hidden, report = hidden + self.mlp(normed, ctx), None
+            hidden = hidden + self._part(self.mlp, self.mlp_norm, hidden, ctx, again="mlp" in self.recompute)
+            report = None
         if self.extra_place == "after":
-            hidden = self.extra_ffn(hidden, ctx)
+            hidden = self._extra(hidden, ctx)
         return hidden, report
+
+    def _extra(self, hidden: Tensor, ctx: ForwardContext) -> Tensor:
+        again = "mlp" in self.recompute and ctx.train
+        found: Tensor = run_again(self.extra_ffn, hidden, ctx) if again else self.extra_ffn(hidden, ctx)
+        return found
+
+    def _part(self, part: nn.Module, norm: nn.Module, hidden: Tensor, ctx: ForwardContext, again: bool = False) -> Any:
+        """part(norm(hidden)).   again: keeps `hidden` only; else all but the norm's output, where that is asked for."""
+        if again and ctx.train:
+            return run_again(lambda rows: part(norm(rows), ctx), hidden)
+        normed = norm(hidden)
+        if "layernorm" not in self.recompute or not ctx.train:
+            return part(normed, ctx)
+        with remade(normed, lambda: norm(hidden)):
+            return part(normed, ctx)

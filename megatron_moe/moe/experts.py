@@ -1,10 +1,12 @@
 """The experts of this rank: stacked weights, one grouped product for each matrix."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from megatron_moe.layers.recompute import remade, run_again
 from megatron_moe.layers.weight_gradients import WeightGradients
 from megatron_moe.moe.expert_dropout import ExpertDropout
 from megatron_moe.ops.activation import ACTIVATIONS
@@ -40,6 +42,7 @@ class Experts(nn.Module):
         dtype: torch.dtype,
         bias: str = "none",
         dropout: float = 0.0,
+        recompute_activation: bool = False,
     ) -> None:
         """bias: "additive" or "multiplicative", a vector of width F for each expert.  [ST-MoE, appendix C]"""
         super().__init__()
@@ -64,6 +67,7 @@ class Experts(nn.Module):
             )
             self.bias = new_parameter(layout, ep, etp, dtype=dtype)
         self.dropout = ExpertDropout(dropout, etp) if dropout else None
+        self.recompute_activation = recompute_activation
 
     def forward(
         self,
@@ -76,10 +80,20 @@ class Experts(nn.Module):
         _, branches, local_ffn, _ = self.w1.shape
         sink = None if gradients is None else gradients.add
         inner = grouped_linear(rows, self.w1, branches * local_ffn, tokens_per_expert, sink)
-        joined = self.activation(inner.view(inner.shape[0], branches, local_ffn))
-        if self.bias_kind != "none" or draws is not None:
-            joined = self._finish(joined, tokens_per_expert, draws)
-        return grouped_linear(joined, self.w2, self.hidden_size, tokens_per_expert, sink)
+        inner = inner.view(inner.shape[0], branches, local_ffn)
+        second = partial(grouped_linear, weight=self.w2, out_features=self.hidden_size, counts=tokens_per_expert)
+        if not (self.recompute_activation and torch.is_grad_enabled()):
+            return second(self._between(inner, tokens_per_expert, draws), sink=sink)
+        joined = run_again(self._between, inner, tokens_per_expert, draws)
+        with remade(joined, lambda: self._between(inner, tokens_per_expert, draws)):
+            return second(joined, sink=sink)
+
+    def _between(self, inner: Tensor, tokens_per_expert: list[int], draws: Draws | None) -> Tensor:
+        """What stands between the two products: (R, branches, F/etp) -> (R, F/etp)."""
+        joined = self.activation(inner)
+        if self.bias_kind == "none" and draws is None:
+            return joined
+        return self._finish(joined, tokens_per_expert, draws)
 
     def _finish(self, joined: Tensor, tokens_per_expert: list[int], draws: Draws | None) -> Tensor:
         """Bias and dropout between the two products: (R, F/etp)."""

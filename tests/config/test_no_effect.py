@@ -109,6 +109,21 @@ CASES: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
         {"model.position_embedding_type": "relative"},
     ),
     (
+        {"parallel.recompute_method": "block"},
+        "give --recompute-granularity full.",
+        {"parallel.recompute_granularity": "full"},
+    ),
+    (
+        {"parallel.recompute_num_layers": 2},
+        "give --recompute-granularity full.",
+        {"parallel.recompute_granularity": "full"},
+    ),
+    (
+        {"parallel.recompute_modules": ["core_attn"]},
+        "give --recompute-granularity selective.",
+        {"parallel.recompute_granularity": "selective"},
+    ),
+    (
         {**ENCODER, "encoder_moe.min_capacity": 4},
         "give --encoder-moe-expert-capacity-factor.",
         {"encoder_moe.expert_capacity_factor": 1.0},
