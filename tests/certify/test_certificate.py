@@ -1,12 +1,16 @@
 """The certificate holds a model to its promise, tells what cannot run, and notices a router that breaks it."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from megatron_moe.certify.certificate import Subject, certify
+from megatron_moe.certify.certificate import Row, Subject, certify
 from megatron_moe.certify.layouts import LAYOUTS
+from megatron_moe.certify.tiny_model import GLOBAL_BATCH
+from megatron_moe.certify.tiny_run import Outcome, worst_difference
 from megatron_moe.config.errors import ConfigError
 from tools.certify import main
 
@@ -63,7 +67,40 @@ def test_what_cannot_run_is_told_with_the_reason() -> None:
 def test_groups_of_two_samples_leave_out_layouts_that_cannot_hold_one() -> None:
     rows = certify(Subject({"routing_group_samples": 2, "expert_capacity_factor": 1.0}), max_ranks=1)
     assert [row.layout for row in rows] == ["micro-batches of 2", "micro-batches of 4", "recomputation"]
-    assert all(row.equal for row in rows)
+    assert all(row.equal and row.refused is None for row in rows)
+    too_small = [name for name, layout in LAYOUTS.items() if layout.samples_of_a_rank(GLOBAL_BATCH) < 2]
+    assert too_small == ["EP 4", "EP 2 x ETP 2"]
+
+
+def test_experts_that_cannot_be_cut_stand_whole_on_tensor_ranks_and_nowhere_else() -> None:
+    memory = {"router_type": "vanilla_memory", "activation": "relu"}
+    rows = {row.layout: row for row in certify(Subject(memory), max_ranks=2)}
+    assert rows["TP 2"].refused is None and rows["TP 2"].equal
+    assert "give --expert-tensor-parallel-size 1" in (rows["ETP 2"].refused or "")
+
+
+def test_the_worst_figure_of_a_run_counts() -> None:
+    wanted = Outcome([2.0, 4.0], [{"z": 1.0}, {"z": 2.0}], [1.0, 1.0], {"g": np.ones(3)}, {"w": np.ones(3)})
+    assert set(worst_difference(wanted, wanted).values()) == {0.0}
+    found = Outcome(
+        [2.0, 5.0], [{"z": 1.0}, {"z": 1.0}], [0.9, 1.0], {"g": np.array([1, 1, 3.002])}, {"w": np.array([1, 2.001, 1])}
+    )
+    errors = worst_difference(found, wanted)
+    assert errors == {
+        "loss": pytest.approx(0.25),
+        "auxiliary losses": pytest.approx(0.5),
+        "gradient norm": pytest.approx(0.1),
+        "gradients": pytest.approx(2.0),
+        "weights": pytest.approx(1.0),
+    }
+    assert not Row("TP 2", {**errors, "loss": 0.0}).equal
+    # one that is not whole, and one that is not there
+    for weights in ({"w": np.array([1, np.nan, 1])}, {}):
+        assert worst_difference(replace(wanted, weights=weights), wanted)["weights"] == float("inf")
+    # what is tiny beside the rest of the model is measured against the rest: 1e-4 / (1e-6 + 1e-3)
+    small, large = {"a": np.array([1e-6]), "b": np.ones(1)}, {"a": np.array([1.01e-4]), "b": np.ones(1)}
+    tiny = worst_difference(replace(wanted, weights=large), replace(wanted, weights=small))
+    assert tiny["weights"] == pytest.approx(1e-4 / 1.001e-3)
 
 
 def test_the_command_writes_rows_and_says_what_was_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

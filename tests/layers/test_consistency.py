@@ -42,6 +42,16 @@ def test_it_is_the_definition_over_the_real_vocabulary() -> None:
     assert (found > 0).all()
 
 
+def test_bfloat16_logits_are_compared_in_float32() -> None:
+    first, second = (logits.bfloat16().requires_grad_() for logits in draw())
+    found = symmetric_divergence(first, second, VOCAB, NOBODY)
+    exact = symmetric_divergence(first.double(), second.double(), VOCAB, NOBODY)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-6)
+    found.sum().backward()
+    assert first.grad is not None and first.grad.dtype == torch.bfloat16
+
+
 def test_the_gradient_reaches_both_and_is_that_of_finite_differences() -> None:
     first, second = (logits.requires_grad_() for logits in draw())
     assert torch.autograd.gradcheck(lambda a, b: symmetric_divergence(a, b, VOCAB, NOBODY), (first, second))

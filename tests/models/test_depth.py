@@ -160,6 +160,7 @@ def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(ConfigError, match="--expert-tensor-parallel-size 2 has no effect"):
         MixtureOfDepthsRouter.check_layout(ParallelConfig(expert_tensor_parallel_size=2))
     MixtureOfDepthsRouter.check_layout(ParallelConfig(tensor_model_parallel_size=2))
+    MixtureOfDepthsRouter.check_layout(ParallelConfig(tensor_model_parallel_size=2, expert_tensor_parallel_size=1))
     block = block_of(inference="top_k")
     cache = ReservedCache({1: (2, 4)}, max_length=8, num_samples=1, dtype=torch.float64, device=torch.device("cpu"))
     with pytest.raises(ConfigError, match="inference=top_k compares a token with later ones"):

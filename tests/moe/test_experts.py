@@ -14,7 +14,7 @@ from megatron_moe.moe.experts import Draws, Experts
 from megatron_moe.moe.layer import DISPATCHERS, build_dispatcher
 from megatron_moe.moe.plan import plan_from_choices
 from megatron_moe.parallel.grid import Grid
-from megatron_moe.parallel.layout import materialise
+from megatron_moe.parallel.layout import layout_of, materialise
 from megatron_moe.parallel.random import KeyedRandom
 from megatron_moe.parallel.state import ParallelState
 
@@ -58,6 +58,8 @@ def test_a_bias_begins_without_effect_and_then_has_one(kind: str) -> None:
     torch.testing.assert_close(experts(rows, counts, None), plain)
     with torch.no_grad():
         experts.bias.normal_(generator=torch.Generator().manual_seed(2))
+    # a weight decay would pull a factor to 0
+    assert not layout_of(experts.bias).decay
     found = experts(rows, counts, None)
     torch.testing.assert_close(found, by_loops(experts, rows, counts, torch.ones(len(rows), F)))
     assert (found - plain).abs().max() > 0.1
@@ -90,6 +92,9 @@ def test_dropped_features_are_those_of_the_loops() -> None:
     found = experts(rows, counts, None, Draws(keys, STREAM))
     torch.testing.assert_close(found, by_loops(experts, rows, counts, factor))
     assert torch.equal(factor[1], factor[2]) and not torch.equal(factor[0], factor[1])
+    # and with nothing else between the products
+    plain = make(dropout=0.4)
+    torch.testing.assert_close(plain(rows, counts, None, Draws(keys, STREAM)), by_loops(plain, rows, counts, factor))
     # without draws, as in evaluation, nothing is dropped
     torch.testing.assert_close(experts(rows, counts, None), by_loops(experts, rows, counts, torch.ones(6, F)))
 

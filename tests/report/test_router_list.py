@@ -1,6 +1,7 @@
 """The list of routers comes from the code, and its promises are measured."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,23 @@ class Liar(TopKRouter):
 class Silent(TopKRouter):
     facts = None
 """
+# a little of the last token, at all places but the first; and of the other samples, in training only
+FAINT = """
+import torch
+from megatron_moe.moe.routers.top_k import TopKRouter
+
+
+class Faint(TopKRouter):
+    def forward(self, tokens, info):
+        last = torch.zeros_like(tokens).index_copy(0, info.sequences, tokens)
+        return super().forward(tokens + 1e-5 * last[info.sequences] * (info.positions > 0)[:, None], info)
+
+
+class Neighbour(TopKRouter):
+    def forward(self, tokens, info):
+        first = tokens[info.positions == 0].mean(dim=0) if info.train else 0.0
+        return super().forward(tokens + first, info)
+"""
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -55,6 +73,26 @@ def test_a_router_that_sees_the_future_is_found_out(tmp_path: Path, capsys: pyte
     assert "declares decoder_safe True and is measured False" in capsys.readouterr().err
     with pytest.raises(ConfigError, match=r"Silent says nothing of itself; give its class `facts"):
         router_line(f"{file}:Silent")
+
+
+def test_a_faint_leak_is_found_and_one_in_training_only(tmp_path: Path) -> None:
+    file = tmp_path / "faint.py"
+    file.write_text(FAINT)
+    assert measure_labels(example_config(f"{file}:Faint")) == Labels(False, True, False)
+    assert measure_labels(example_config(f"{file}:Neighbour")) == Labels(True, False, True)
+
+
+def test_what_cannot_be_decoded_is_not_generation_safe() -> None:
+    moe = replace(example_config("mixture_of_depths"), router_options={"capacity": "0.3", "inference": "top_k"})
+    assert measure_labels(moe) == Labels(False, True, False)
+
+
+def test_a_line_says_what_the_class_says() -> None:
+    line = router_line("remoe")
+    assert (line.scores, line.weights) == ("ReLU", "raw score, unbounded")
+    # twelve slots of width 16 and a scale: the experts are left out
+    assert router_line("soft_moe").parameters == 12 * 16 + 1
+    assert [line.name for line in router_lines([f"{COSINE}:CosineRouter"])] == [*METHODS, f"{COSINE}:CosineRouter"]
 
 
 def test_a_router_from_outside_gets_a_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -68,6 +68,7 @@ def test_intervals_are_students() -> None:
         (Difference(-0.10, 0.02, 3), "seen"),
         (Difference(-0.10, 0.12, 3), "underpowered"),
         (Difference(0.05, 0.03, 3), "not seen"),
+        (Difference(0.00, 0.05, 3), "underpowered"),
         (Difference(0.00, 0.005, 3), "not seen"),  # an advantage of 0.01 is excluded
         (Difference(-1.0, None, 1), "underpowered"),
         (None, "underpowered"),

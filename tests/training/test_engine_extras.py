@@ -83,6 +83,41 @@ def test_the_mean_over_two_layers_is_half_their_sum() -> None:
     assert norms[2] > 1.5 * norms[1]
 
 
+def test_draws_change_from_step_to_step() -> None:
+    losses = []
+    for number in (0, 0, 1):
+        _, engine = engine_of({"router_type": "switch"})
+        losses.append(engine.train_step(number, [samples([0, 1])]).metrics.loss)
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_layers_are_told_the_progress_and_what_they_and_all_layers_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, engine = engine_of({"router_type": "top_k"})
+    told: dict[int, list[Any]] = {}
+    for index, layer in engine.stages[0].moe_layers().items():
+        told[index] = []
+        monkeypatch.setattr(layer, "before_step", told[index].append)
+        monkeypatch.setattr(layer, "after_step", lambda own, model, seen=told[index]: seen.extend((own, model)))
+    engine.train_step(2, [samples([0, 1]), samples([2, 3])])
+    (progress, own, model), (_, other, same) = told[1], told[3]
+    assert progress == 2 / 3
+    for name in ("tokens", "requested"):
+        torch.testing.assert_close(own[name] + other[name], model[name])
+        assert torch.equal(model[name], same[name])
+    # two experts for each token, and not the same ones in both layers
+    assert own["requested"].sum() == 2 * own["tokens"] and not torch.equal(own["requested"], other["requested"])
+
+
+def test_a_validation_loss_comes_with_the_tokens_that_it_is_a_mean_over() -> None:
+    _, engine = engine_of({"router_type": "top_k"})
+    batches = [samples([0, 1]), samples([2, 3])]
+    counts = [float(batch.decoder.loss_mask.sum()) for batch in batches]
+    alone = [engine.evaluate([batch])[0].loss for batch in batches]
+    found, tokens = engine.evaluate(batches)
+    assert tokens == sum(counts) and counts[0] != counts[1]
+    assert found.loss == pytest.approx(sum(a * b for a, b in zip(alone, counts, strict=True)) / tokens)
+
+
 def test_what_a_router_remembers_is_stored_like_a_weight() -> None:
     _, engine = engine_of({"router_type": "deepseek_v3"})
     names = {block.name for block in module_blocks(engine.modules, engine.state)}

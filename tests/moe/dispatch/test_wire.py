@@ -92,6 +92,10 @@ def test_the_table_and_its_lines_say_the_same(capsys: pytest.CaptureFixture[str]
         ("sam flat", 0.5, 0.5),
         ("sam hierarchical", 0.5, 0.5),
     ]
+    assert {line["formula"] for line in lines if line["method"] == "top_k"} == {1.0}
+    assert all(line["rows_per_token"] == line["formula"] for line in lines if line["method"] == "top_k")
+    # eight assignments of each rank's 16 leave it, 16 bytes each; two counts go to the other rank
+    assert {line["other_bytes_per_token"] for line in lines if line["groups"]} == {(16 * 8 + 2 * 8) / 8}
     assert main(given) == 0
     text = capsys.readouterr().out
     assert "| 4 | 2 | sam flat | 2 | 0.500 | 0.500 | 64 |" in text
@@ -103,8 +107,10 @@ def test_the_table_and_its_lines_say_the_same(capsys: pytest.CaptureFixture[str]
     [
         (["--ranks", "1"], "--ranks 1: nothing leaves a rank alone"),
         (["--tokens", "9"], "--tokens 9: expected a multiple of --ranks 8"),
+        (["--tokens", "0"], "--tokens 0: expected a multiple of --ranks 8"),
         (["--topk", "0"], "--topk 0: expected an integer of at least 1"),
         (["--hidden-size", "16"], "--hidden-size 16 is too narrow"),
+        (["--hidden-size", "71"], "--hidden-size 71 is too narrow for the logits; use 72"),
         (["--experts", "12"], "--experts 12: expected a multiple of --ranks 8"),
     ],
 )

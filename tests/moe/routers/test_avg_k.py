@@ -182,3 +182,9 @@ def test_mean_keys_and_their_gradients_do_not_depend_on_the_split(ep: int, etp: 
 def test_what_has_no_effect_is_refused(config: MoEConfig, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build_router(config, 4, Site(NOBODY))
+
+
+@pytest.mark.parametrize("loss", ["aux_loss_coeff", "z_loss_coeff"])
+def test_live_keys_may_learn_from_a_loss_alone(loss: str) -> None:
+    options = {"key_source": "live"}
+    build_router(MoEConfig(num_experts=4, router_type="avg_k", router_options=options, **{loss: 0.1}), 4, Site(NOBODY))

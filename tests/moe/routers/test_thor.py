@@ -186,6 +186,9 @@ def test_an_ensemble_is_the_mean_of_all_experts() -> None:
         single.append(run_layer(layer, hidden, train=False))
     torch.testing.assert_close(found, torch.stack(single).mean(dim=0))
     assert not torch.allclose(single[0], single[1], atol=1e-3)
+    # training draws one as ever
+    drawn = [experts(make_router(thor(inference=kind), 3), wide_info()) for kind in ("ensemble", "sequence")]
+    assert torch.equal(drawn[0], drawn[1])
 
 
 @pytest.mark.parametrize("inference", ["token", "sequence", "ensemble"])

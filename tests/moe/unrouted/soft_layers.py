@@ -17,7 +17,7 @@ ALONE = ParallelState.alone()
 HIDDEN, WIDTH, EXPERTS = 6, 5, 3
 
 
-def make_layer(name: str, **fields: Any) -> UnroutedLayer:
+def make_layer(name: str, *, state: ParallelState = ALONE, **fields: Any) -> UnroutedLayer:
     """Three experts, weights about as large as tokens are."""
     config = MoEConfig(num_experts=EXPERTS, router_type=name, **fields)
     site = LayerSite(
@@ -28,10 +28,10 @@ def make_layer(name: str, **fields: Any) -> UnroutedLayer:
         init_std=0.6,
         output_std=0.6,
         dtype=torch.float64,
-        state=ALONE,
+        state=state,
     )
     layer = build_unrouted(config, site)
-    materialise(nn.ModuleDict({"mlp": layer}), ALONE, 7, torch.device("cpu"))
+    materialise(nn.ModuleDict({"mlp": layer}), state, 7, torch.device("cpu"))
     return layer
 
 

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from moe.unrouted.soft_layers import EXPERTS, HIDDEN, answers, draw, expert_by_hand, make_layer
+from layers.contexts import context
+from moe.unrouted.soft_layers import ALONE, EXPERTS, HIDDEN, answers, draw, expert_by_hand, make_layer
 from moe_rows import token_info
 
 from megatron_moe.config.errors import ConfigError
@@ -46,6 +47,7 @@ def test_a_dropped_expert_has_no_part_and_the_others_share_its() -> None:
     shares = layer._shares(tokens.view(1, 12, HIDDEN), info)
     torch.testing.assert_close(shares.sum(dim=1), torch.ones(12, dtype=torch.float64))
     dropped = shares == 0
+    assert len(dropped.unique(dim=0)) > 1  # each sample has a draw of its own
     assert dropped.any() and not dropped.all(dim=1).any()
     whole = layer._shares(tokens.view(1, 12, HIDDEN), token_info(1, 12, train=False))
     assert (whole > 0).all()
@@ -63,6 +65,25 @@ def test_jitter_is_small_and_for_training() -> None:
     moved = answers(shaken, tokens, token_info(4), samples=1)
     assert 0 < (moved - quiet).abs().max() < 0.5 * quiet.abs().max()
     assert shaken.is_random and not plain.is_random
+
+
+def test_jitter_goes_both_ways() -> None:
+    layer = smear(jitter_eps="0.1")
+    with torch.no_grad():
+        layer.weight.zero_()[0, 0] = 1.0
+    shares = layer._shares(torch.ones(1, 400, HIDDEN, dtype=torch.float64), token_info(1, 400))
+    factor = (shares[:, 0] / shares[:, 1]).log()
+    assert 0.9 <= factor.min() < 0.91 and 1.09 < factor.max() <= 1.1
+    # four standard deviations of the mean of 400 uniform draws
+    assert factor.mean().item() == pytest.approx(1.0, abs=4 * 0.1 / 3**0.5 / 20)
+
+
+def test_each_expert_is_charged_its_share_of_the_real_tokens() -> None:
+    layer, tokens = smear(), draw(8)
+    info = token_info(4, 2, padding=[(3, 1)])
+    served = layer.mix(tokens, info, context(4, 2, ALONE)).report.stats["tokens_per_expert"]
+    shares = layer._shares(tokens.view(4, 2, HIDDEN), info)
+    torch.testing.assert_close(served, 4 * shares[0] + 3 * shares[1])
 
 
 def test_experts_that_are_split_cannot_be_merged() -> None:

@@ -74,30 +74,6 @@ def test_equal_tokens_get_equal_answers_and_padding_no_say() -> None:
     torch.testing.assert_close(answers(layer, changed, info, samples=1)[:3], found[:3])
 
 
-def test_gradients_are_those_of_finite_differences() -> None:
-    layer, info = soft(), token_info(3, 2, padding=[(2, 1)])
-    names = [name for name, _ in layer.named_parameters()]
-
-    def value(tokens: Tensor, *given: Tensor) -> Tensor:
-        named = {f"layer.{name}": value for name, value in zip(names, given, strict=True)}
-        found = torch.func.functional_call(_Asked(layer, info), named, (tokens,))
-        return (found * torch.sin(torch.arange(float(HIDDEN)))).sum()
-
-    assert torch.autograd.gradcheck(value, (draw(6).requires_grad_(), *layer.parameters()))
-
-
-class _Asked(torch.nn.Module):
-    """The layer as a function of its tokens."""
-
-    def __init__(self, layer: SoftMoELayer, info: TokenInfo) -> None:
-        super().__init__()
-        self.layer = layer
-        self.info = info
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return answers(self.layer, tokens, self.info, samples=2)
-
-
 def test_noise_is_drawn_in_training_only_and_by_token() -> None:
     layer = make_layer("soft_moe", router_options={"slots": "2", "noise_std": "1.0"})
     tokens = draw(4)
