@@ -8,14 +8,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from layers.contexts import context
 from moe_rows import NOBODY, VOCAB, token_info
 from oracles.case import Case
 
 from megatron_moe.config.moe import MoEConfig
-from megatron_moe.moe.methods import build_router, find_method
+from megatron_moe.moe.methods import build_router, build_unrouted, find_method
 from megatron_moe.moe.plan import RoutingPlan, TokenInfo
 from megatron_moe.moe.routers.options import parse_options
 from megatron_moe.moe.routers.router import Router, Site
+from megatron_moe.moe.unrouted.unrouted_layer import LayerSite, UnroutedLayer
 from megatron_moe.parallel.layout import materialise
 from megatron_moe.parallel.state import ParallelState
 
@@ -51,11 +53,11 @@ def make_case(name: str, fields: Mapping[str, Any], shape: Shape) -> Case:
     fields = {"num_experts": shape.experts, **fields}
     config = MoEConfig(**fields)
     seed = 1 + shape.seed
-    router = bare_router(config, shape.hidden, seed)
+    part = bare_part(config, shape.hidden, seed)
     draw = np.random.default_rng(int.from_bytes(hashlib.sha256(f"{name} {shape}".encode()).digest()[:8], "little"))
     tokens = draw.normal(size=(shape.length * shape.samples, shape.hidden))
-    parameters = {key: draw.normal(size=tuple(value.shape)) for key, value in router.named_parameters()}
-    state = {key: value.numpy() for key, value in router.named_buffers()}
+    parameters = {key: draw.normal(size=tuple(value.shape)) for key, value in part.named_parameters()}
+    state = {key: value.numpy() for key, value in part.named_buffers()}
     info = info_of(fields, shape)
     return Case(
         name=name,
@@ -69,8 +71,12 @@ def make_case(name: str, fields: Mapping[str, Any], shape: Shape) -> Case:
         train=shape.train,
         seed=seed,
         vocab_size=VOCAB,
-        expert_keys=draw.normal(size=(config.num_experts, shape.hidden)) if router.reads_expert_keys else None,
+        expert_keys=draw.normal(size=(config.num_experts, shape.hidden)) if _reads_keys(part) else None,
     )
+
+
+def _reads_keys(part: Router | UnroutedLayer) -> bool:
+    return isinstance(part, Router) and part.reads_expert_keys
 
 
 def _other_state(value: np.ndarray, draw: np.random.Generator) -> np.ndarray:
@@ -80,21 +86,55 @@ def _other_state(value: np.ndarray, draw: np.random.Generator) -> np.ndarray:
     return value + 0.1 * draw.random(size=value.shape)
 
 
-def bare_router(config: MoEConfig, hidden: int, seed: int, dtype: torch.dtype = torch.float64) -> Router:
-    router = build_router(config, hidden, Site(NOBODY, dtype, 0.5, layer=3, vocab_size=VOCAB, seed=seed))
-    materialise(router, ParallelState.alone(), 7, torch.device("cpu"))
-    return router
+def bare_part(config: MoEConfig, hidden: int, seed: int, dtype: torch.dtype = torch.float64) -> Router | UnroutedLayer:
+    """The router, or the layer that needs none, in memory."""
+    part: Router | UnroutedLayer
+    if issubclass(find_method(config.router_type), UnroutedLayer):
+        site = LayerSite(
+            index=3,
+            hidden_size=hidden,
+            ffn_size=config.ffn_hidden_size or 1,
+            activation=config.activation or "swiglu",
+            init_std=0.5,
+            output_std=0.5,
+            dtype=dtype,
+            state=ParallelState.alone(),
+        )
+        part = build_unrouted(config, site)
+    else:
+        part = build_router(config, hidden, Site(NOBODY, dtype, 0.5, layer=3, vocab_size=VOCAB, seed=seed))
+    materialise(part, ParallelState.alone(), 7, torch.device("cpu"))
+    return part
+
+
+def part_of(case: Case, dtype: torch.dtype) -> Router | UnroutedLayer:
+    """The code under test with a case's numbers."""
+    part = bare_part(MoEConfig(**case.fields), case.tokens.shape[1], case.seed, dtype)
+    with torch.no_grad():
+        for key, parameter in part.named_parameters():
+            parameter.copy_(torch.from_numpy(case.parameters[key]))
+        for key, buffer in part.named_buffers():
+            buffer.copy_(torch.from_numpy(np.asarray(case.state[key])))
+    return part
 
 
 def ask_router(case: Case, info: TokenInfo, dtype: torch.dtype = torch.float64) -> RoutingPlan:
     """The plan of the code under test."""
-    router = bare_router(MoEConfig(**case.fields), case.tokens.shape[1], case.seed, dtype)
+    router = part_of(case, dtype)
     with torch.no_grad():
-        for key, parameter in router.named_parameters():
-            parameter.copy_(torch.from_numpy(case.parameters[key]))
-        for key, buffer in router.named_buffers():
-            buffer.copy_(torch.from_numpy(np.asarray(case.state[key])))
         if case.expert_keys is not None:
             info = dataclasses.replace(info, expert_keys=torch.from_numpy(case.expert_keys).to(dtype))
         plan: RoutingPlan = router(torch.from_numpy(case.tokens).to(dtype), info)
     return plan
+
+
+def ask_layer(case: Case, info: TokenInfo, dtype: torch.dtype = torch.float64) -> np.ndarray:
+    """(T, H) answers of a layer without assignments, zero for padding as the whole layer gives them."""
+    layer = part_of(case, dtype)
+    assert isinstance(layer, UnroutedLayer)
+    samples = len(info.sequence_tokens)
+    with torch.no_grad():
+        tokens = torch.from_numpy(case.tokens).to(dtype)
+        mixed = layer.mix(tokens, info, context(len(tokens) // samples, samples, ParallelState.alone()))
+        answers: np.ndarray = mixed.answers.masked_fill(info.is_padding[:, None], 0.0).double().numpy()
+    return answers

@@ -39,11 +39,16 @@ def uniform_row(where: int, key: int, columns: int) -> list[float]:
 
 
 def normal(where: int, key: int) -> float:
-    """Standard normal, by bisection of its distribution function."""
-    wanted, low, high = uniform(where, key), -40.0, 40.0
+    """Standard normal."""
+    return inverse_normal(uniform(where, key))
+
+
+def inverse_normal(share: float) -> float:
+    """Where the normal distribution function is `share`, by bisection."""
+    low, high = -40.0, 40.0
     for _ in range(200):
         middle = (low + high) / 2
-        if 0.5 * math.erfc(-middle / math.sqrt(2)) < wanted:
+        if 0.5 * math.erfc(-middle / math.sqrt(2)) < share:
             low = middle
         else:
             high = middle

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ from tools.benchmark.router_study import chosen_jobs, main, parse, waiting
 from tools.benchmark.study.arms import SIZES, arms_of, sparse
 from tools.benchmark.study.claims import Difference, paired, verdict
 from tools.benchmark.study.ledger import add, key_of, read, same
-from tools.benchmark.study.run import Arm, config_of, run
-from tools.benchmark.study.tables import dense_gap, main_table, newest
+from tools.benchmark.study.run import Arm, code_version, config_of, run
+from tools.benchmark.study.tables import claims, dense_gap, grid_table, main_table, memory_table, newest
 from tools.benchmark.study.text import Text, load_text, training_batch, trial_batches
 
 SMOKE = SIZES["smoke"]
@@ -46,8 +47,13 @@ def test_every_model_sees_the_same_batches(text: Text) -> None:
     assert not torch.equal(first.decoder.tokens, other.decoder.tokens)
     assert torch.equal(first.decoder.tokens[:, 1:], first.decoder.labels[:, :-1])
     assert first.sample_ids.tolist() == [6, 7, 8]
+    later = training_batch(text, seed=1, step=3, samples=3, length=16)
+    assert not torch.equal(first.decoder.tokens, later.decoder.tokens)
     trials = trial_batches(text.valid, samples=2, length=8, batches=3)
     assert [batch.decoder.tokens.shape for batch in trials] == [(2, 8)] * 3
+    # from the first byte to the last
+    assert bytes(trials[0].decoder.tokens[0].tolist()) == text.valid[:8].tobytes()
+    assert bytes(trials[-1].decoder.labels[-1].tolist()) == text.valid[-9:-1].tobytes()
 
 
 def test_intervals_are_students() -> None:
@@ -81,6 +87,8 @@ def test_a_claim_says_no_more_than_was_seen(found: Difference | None, said: str)
 def test_a_run_learns_reports_and_repeats_itself(text: Text) -> None:
     found = run(SWITCH, SMOKE, 0, text)
     assert found["curve"][-1][1] == found["loss"] < found["curve"][0][1] < 6.0
+    assert found["curve"][-1][0] == SMOKE.steps and found["unlike"] != found["loss"]
+    assert found["bigram"] == text.bigram("valid")
     assert 0 < found["router_moved"] < 10 and found["max_violation"] >= 0 and found["drop_rate"] == 0
     # experts and tokens over four ranks: three of four rows leave theirs when routing is even
     assert 0.5 < found["rows_per_token"] <= 1.0
@@ -109,6 +117,19 @@ def test_a_run_that_is_there_is_not_repeated(text: Text, tmp_path: Path) -> None
     assert not same({**line, "code": "other"}, key)
 
 
+def test_a_key_tells_runs_apart_and_later_runs_stand_behind_earlier_ones(tmp_path: Path) -> None:
+    ledger = tmp_path / "ledger.jsonl"
+    key = key_of(SWITCH, SMOKE, 0, "text")
+    assert key["code"] == code_version() and len(code_version()) == 12
+    others = [key_of(replace(SWITCH, frozen=True), SMOKE, 0, "text"), key_of(SWITCH, replace(SMOKE, lr=9.0), 0, "text")]
+    assert not any(same(key, other) for other in others)
+    lines = [add(ledger, one, {"loss": loss}) for one, loss in zip((key, *others), (1.0, 2.0, 3.0), strict=True)]
+    assert [line["loss"] for line in read(ledger)] == [line["loss"] for line in lines] == [1.0, 2.0, 3.0]
+    ledger.write_text(json.dumps(key))
+    with pytest.raises(DataError, match="line 1 has no 'loss'"):
+        read(ledger)
+
+
 @pytest.mark.parametrize(("broken", "message"), [("{", "line 2 is no JSON"), ("{}", "line 2 has no 'arm'")])
 def test_a_broken_ledger_is_named_by_line(broken: str, message: str, text: Text, tmp_path: Path) -> None:
     ledger = tmp_path / "ledger.jsonl"
@@ -135,6 +156,46 @@ def test_tables_pair_seeds_and_measure_against_the_dense_gap() -> None:
     # seeds differ by more than the two models, and still the difference is exact
     assert "| switch | 3 | 2.200 | -0.100 ± 0.000, seen |" in table
     assert "| 10 |" in table.splitlines()[-1]
+
+
+def test_a_claim_is_held_against_a_tenth_of_the_better_sparse_models_lead() -> None:
+    top_k, thor = Arm("top_k", "main"), Arm("thor", "main")
+    losses = {DENSE: 2.0, SWITCH: 1.9, top_k: 1.5, thor: 1.98}
+    lines = [line_of(arm, seed, loss + noise) for arm, loss in losses.items() for seed, noise in enumerate((0, 0.01))]
+    arms = newest([*lines, line_of(DENSE, 0, 9.0) | {"size": {"name": "other"}}], "smoke")
+    assert dense_gap(arms) == pytest.approx(0.5)
+    said = claims(arms).splitlines()
+    assert said[0].endswith("-0.500 ± 0.000 nats per byte, **seen**")
+    assert said[5].startswith("- learned (Switch) beats random (THOR) routing: -0.080 ± 0.000")
+    assert said[2].endswith(": - nats per byte, **underpowered**")
+    # 0.3 of the gap is more than a tenth of it
+    behind = [line_of(replace(SWITCH, name="later"), seed, loss) for seed, loss in enumerate((1.99, 2.02))]
+    table = main_table(newest([*lines, *behind], "smoke"), ["later"])
+    assert "| later | 2 | 2.005 | +0.000 ± 0.127, underpowered |" in table
+
+
+def test_claims_of_pairs_name_their_own_sides() -> None:
+    pairs = {"E=64 k=8": 1.0, "E=64 k=1": 1.25, "thor, two passes": 2.0, "thor": 2.5, "g=4 avg_k": 3.0}
+    more = {"g=4 learned gate": 3.125, "g=32 avg_k": 7.0, "g=32 learned gate": 6.0}
+    arms = newest([line_of(Arm(name, "main"), 0, loss) for name, loss in (pairs | more).items()], "smoke")
+    said = claims(arms).splitlines()
+    assert [said[place].split(": ")[-1].split()[0] for place in (2, 4, 6)] == ["-0.250", "-0.500", "-0.125"]
+
+
+def test_grids_compare_with_the_first_column_and_memories_are_tried_on_prose() -> None:
+    lines = [line_of(Arm(f"E=8 k={k}", "sam"), 0, loss) for k, loss in ((1, 2.0), (2, 1.75), (4, 1.5))]
+    table = grid_table(newest(lines, "smoke"), "E", ["8"], ["1", "2", "4"], "E={row} k={column}")
+    assert table.splitlines()[-1] == "| 8 | 2.000 | 1.750 (-0.250 (one seed)) | 1.500 (-0.500 (one seed)) |"
+    line = {**line_of(Arm("g=4 avg_k", "memory"), 0, 2.0), "unlike": 3.5}
+    row = memory_table(newest([line], "smoke"), ["g=4 avg_k", "not run"]).splitlines()[-1]
+    assert row == "| g=4 avg_k | 1 | 2.000 | 3.500 | - | 1.00 | 100 |"
+
+
+def test_the_latest_seed_below_the_bigram_model_is_told() -> None:
+    first, late, never = (line_of(DENSE, seed, 2.0) for seed in range(3))
+    late["curve"], never["curve"] = [[5, 2.0], [10, 2.0]], [[5, 3.0], [10, 2.5]]
+    told = [main_table(newest(lines, "smoke"), ["dense"]) for lines in ([first, late], [first, never])]
+    assert [text.splitlines()[-1].split(" | ")[5] for text in told] == ["10", "not yet"]
 
 
 def test_every_arm_is_a_model_that_can_be_configured() -> None:

@@ -2,17 +2,17 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from golden.write_router_vectors import FOLDER, as_json
+from golden.write_vectors import FOLDER, as_json
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from moe_rows import weights_of
 from oracles.case import Expected
 from oracles.cases import Shape, ask_router, info_of, make_case
 from oracles.registry import CASES, ORACLES
+from vectors import nearly
 
 from megatron_moe.moe.plan import RoutingPlan
 from megatron_moe.moe.routers.registry import ROUTERS
@@ -46,15 +46,6 @@ def test_stored_vectors_are_what_the_router_does(path: Path) -> None:
     # the file holds all of the question, and the oracle still answers it alike
     again = json.loads(json.dumps(as_json(case, ORACLES[CASES[name]["router_type"]](case))))
     assert nearly(again, stored)
-
-
-def nearly(found: Any, wanted: Any) -> bool:
-    """Equal but for the last digits of another machine's arithmetic."""
-    if isinstance(wanted, dict):
-        return found.keys() == wanted.keys() and all(nearly(found[key], wanted[key]) for key in wanted)
-    if isinstance(wanted, list):
-        return len(found) == len(wanted) and all(map(nearly, found, wanted))
-    return bool(found == (pytest.approx(wanted, rel=1e-10, abs=1e-12) if isinstance(wanted, float) else wanted))
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -1,6 +1,8 @@
 """Product-key memories: the worked example, the definition, sizes, statistics."""
 
 import itertools
+import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from torch import Tensor
 from megatron_moe.certify.tiny_model import tiny_config
 from megatron_moe.config.errors import ConfigError
 from megatron_moe.moe.unrouted.memory import MemoryLayer
+from megatron_moe.parallel.layout import layout_of
 from megatron_moe.training.validate import validate
 
 
@@ -167,3 +170,24 @@ def test_batch_norm_is_remembered_for_evaluation() -> None:
     kept = {name: value.clone() for name, value in others.state_dict().items()}
     others.after_step(own, own)
     assert all(torch.equal(value, kept[name]) for name, value in others.state_dict().items())
+
+
+def test_the_entropy_of_a_head_is_reported_for_real_tokens() -> None:
+    layer, tokens = make_memory(options(heads="2", knn="3", key_dim="4")), draw(4)
+    info = token_info(4, padding=[(3, 0)])
+    found = ask(layer, tokens, info).report.stats["entropy_sum"]
+    fill(layer, sub_keys=torch.zeros_like(layer.get_parameter("sub_keys")))
+    # equal scores: three cells with a third each
+    even = ask(layer, tokens, info).report.stats["entropy_sum"]
+    assert 0.0 < found.item() < even.item() == pytest.approx(3 * math.log(3))
+
+
+def test_a_feed_forward_layer_of_cells_starts_with_its_values_and_the_shift_is_not_decayed() -> None:
+    for name, wanted in (("product_keys_ffn", 0.25), ("product_keys", 6**-0.5)):
+        layer = make_memory(CASES[name])
+        layer.site = replace(layer.site, output_std=0.25)
+        assert layer.value_std() == pytest.approx(wanted)
+        assert not layout_of(layer.get_parameter("query_bias")).decay
+    layer = make_memory(CASES["vanilla_memory"])
+    layer.site = replace(layer.site, output_std=0.25)
+    assert layer.value_std() == 0.25
