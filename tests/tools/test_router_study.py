@@ -15,7 +15,7 @@ from megatron_moe.config.errors import DataError
 from megatron_moe.training.flops import flops_per_token
 from tools.benchmark.router_study import chosen_jobs, main, parse, waiting
 from tools.benchmark.study.arms import SIZES, arms_of, sparse
-from tools.benchmark.study.claims import Difference, paired, verdict
+from tools.benchmark.study.claims import T_QUANTILES, Difference, paired, verdict
 from tools.benchmark.study.ledger import add, key_of, read, same
 from tools.benchmark.study.run import Arm, code_version, config_of, run
 from tools.benchmark.study.tables import claims, dense_gap, grid_table, main_table, memory_table, newest
@@ -64,6 +64,7 @@ def test_intervals_are_students() -> None:
     low, high = stats.t.interval(0.95, 2, loc=gaps.mean(), scale=stats.sem(gaps))
     assert (found.mean - found.half_width, found.mean + found.half_width) == pytest.approx((low, high), rel=1e-3)
     assert found.seeds == 3
+    assert pytest.approx(stats.t.ppf(0.975, range(1, 11)), abs=5e-4) == T_QUANTILES
     assert paired(mine, {9: 1.0}) is None
     assert str(paired({1: 2.0}, {1: 1.0})) == "+1.000 (one seed)"
 
@@ -159,16 +160,19 @@ def test_tables_pair_seeds_and_measure_against_the_dense_gap() -> None:
 
 
 def test_a_claim_is_held_against_a_tenth_of_the_better_sparse_models_lead() -> None:
-    top_k, thor = Arm("top_k", "main"), Arm("thor", "main")
-    losses = {DENSE: 2.0, SWITCH: 1.9, top_k: 1.5, thor: 1.98}
-    lines = [line_of(arm, seed, loss + noise) for arm, loss in losses.items() for seed, noise in enumerate((0, 0.01))]
+    losses = {"dense": 2.0, "switch": 1.9, "top_k": 1.5, "thor": 1.98}
+    lines = [line_of(Arm(name, "main"), seed, loss + 0.01 * seed) for name, loss in losses.items() for seed in (0, 1)]
     arms = newest([*lines, line_of(DENSE, 0, 9.0) | {"size": {"name": "other"}}], "smoke")
     assert dense_gap(arms) == pytest.approx(0.5)
     said = claims(arms).splitlines()
     assert said[0].endswith("-0.500 ± 0.000 nats per byte, **seen**")
     assert said[5].startswith("- learned (Switch) beats random (THOR) routing: -0.080 ± 0.000")
     assert said[2].endswith(": - nats per byte, **underpowered**")
-    # 0.3 of the gap is more than a tenth of it
+    frozen = [line_of(Arm("switch, frozen router", "main"), seed, 2.4 + 0.01 * seed) for seed in (0, 1)]
+    row = main_table(newest([*lines, *frozen], "smoke"), ["switch", "switch, frozen router"]).splitlines()[-1]
+    assert row.startswith("| switch | 2 | 1.905 | -0.100 ± 0.000, seen | -0.500 ± 0.000, seen |")
+    assert row.endswith("| 100 | 1.00 | 1.00 |")
+    # an advantage of 0.1 is not excluded, and more than a tenth of the lead
     behind = [line_of(replace(SWITCH, name="later"), seed, loss) for seed, loss in enumerate((1.99, 2.02))]
     table = main_table(newest([*lines, *behind], "smoke"), ["later"])
     assert "| later | 2 | 2.005 | +0.000 ± 0.127, underpowered |" in table

@@ -1,14 +1,16 @@
 """What a step adds when it is asked to: recomputation, a second pass, the mean over layers, what routers remember."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from megatron_moe.certify.tiny_model import VOCAB, samples, tiny_config
-from megatron_moe.config.errors import ConfigError
+from megatron_moe.config.errors import ConfigError, NonFiniteError
 from megatron_moe.config.run import RunConfig
 from megatron_moe.layers.attention import Attention
+from megatron_moe.optim.lr_schedule import learning_rate
 from megatron_moe.parallel.blocks import module_blocks
 from megatron_moe.parallel.state import ParallelState
 from megatron_moe.training.engine import Engine, StepResult
@@ -106,6 +108,25 @@ def test_layers_are_told_the_progress_and_what_they_and_all_layers_counted(monke
         assert torch.equal(model[name], same[name])
     # two experts for each token, and not the same ones in both layers
     assert own["requested"].sum() == 2 * own["tokens"] and not torch.equal(own["requested"], other["requested"])
+
+
+def test_a_loss_that_is_no_number_names_its_step_and_changes_nothing() -> None:
+    _, engine = engine_of({"router_type": "top_k"})
+    with torch.no_grad():
+        next(engine.stages[0].parameters()).fill_(torch.nan)
+    before = [parameter.clone() for parameter in engine.stages[0].parameters()]
+    with pytest.raises(NonFiniteError, match="step 3: the loss of rank 0 is not finite"):
+        engine.train_step(2, [samples([0, 1])])
+    for parameter, kept in zip(engine.stages[0].parameters(), before, strict=True):
+        assert torch.equal(parameter.nan_to_num(), kept.nan_to_num())
+
+
+def test_a_step_has_the_learning_rate_of_its_place_in_the_run() -> None:
+    config, _ = engine_of({"router_type": "top_k"})
+    config = replace(config, optimizer=replace(config.optimizer, lr=0.8, min_lr=0.0, lr_warmup_iters=2))
+    engine = Engine(config, ParallelState.alone(), torch.device("cpu"), VOCAB)
+    found = engine.train_step(1, [samples([0, 1])])
+    assert found.learning_rate == learning_rate(config.optimizer, 1, 3) == pytest.approx(0.4)
 
 
 def test_a_validation_loss_comes_with_the_tokens_that_it_is_a_mean_over() -> None:

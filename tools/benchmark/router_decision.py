@@ -1,7 +1,8 @@
 """What deciding costs: scores to sorted plan, as a share of the whole layer, for every router.
 
 4,096 tokens, 16 experts, and each expert as wide as makes a token's work that of one dense layer of inner width 4 H.
-Measured in the same rounds as the layer itself, forward only on the CPU and forward + backward on a GPU.
+Measured in the same rounds as the layer itself, forward only on the CPU and forward + backward on a GPU. Joint
+decisions are measured with 64 experts too, and where they are hardest: all tokens alike, and all want one expert.
 """
 
 import sys
@@ -29,6 +30,7 @@ from tools.benchmark.timing import Clock, clock_for, measure
 
 # a joint decision over all tokens of a group; held below one layer's time
 EXEMPT = ("base", "sinkhorn", "ec_cap")
+HARD = ("random", "alike", "one expert")
 SHARE = {"cpu": 0.01, "cuda": 0.10}
 
 
@@ -40,6 +42,7 @@ class Case:
     samples: int
     hidden: int
     experts: int
+    scores: str = "random"  # "alike": all tokens nearly the same; "one expert": preferred by all
 
 
 def build_layer(name: str, case: Case, device: torch.device) -> MoELayer:
@@ -104,6 +107,17 @@ def whole(layer: MoELayer, ctx: ForwardContext, backward: bool) -> Callable[[Ten
     return run
 
 
+def _tokens(layer: MoELayer, case: Case, ids: Tensor) -> Tensor:
+    """(S, B, H) whose scores are as the case wants them."""
+    hidden = torch.randn(*ids.t().shape, case.hidden, device=ids.device)
+    if case.scores == "alike":
+        hidden = hidden[:1, :1] + 1e-4 * hidden
+    if case.scores == "one expert":
+        favourite: Tensor = layer.router.get_parameter("weight")[0].detach().float()
+        hidden = hidden + 50.0 * favourite / favourite.square().sum().sqrt()
+    return hidden
+
+
 def _once(call: Callable[[Tensor], object], hidden: Tensor, turn: int) -> object:
     return call(hidden)
 
@@ -117,7 +131,9 @@ def run_router(name: str, case: Case, clock: Clock, record: Recorder) -> None:
     ctx = replace(plain_context(ids), train=True)
     backward = device.type == "cuda"
     shape: dict[str, Any] = {"router": name, "T": ids.numel(), "d": case.hidden, "E": case.experts}
-    hidden = torch.randn(*ids.t().shape, case.hidden, device=device).to(layer.experts.w1.dtype).requires_grad_(backward)
+    if case.scores != "random":
+        shape["scores"] = case.scores
+    hidden = _tokens(layer, case, ids).to(layer.experts.w1.dtype).requires_grad_(backward)
     calls = {"decision": decision(layer, ctx, backward), "layer": whole(layer, ctx, backward)}
     with torch.set_grad_enabled(backward):
         variants = {key: partial(_once, call, hidden) for key, call in calls.items()}
@@ -128,7 +144,8 @@ def run_router(name: str, case: Case, clock: Clock, record: Recorder) -> None:
     record.figure("decision", 100 * share, "% of the layer", shape, headline=True)
     bound = 1.0 if name in EXEMPT else SHARE[device.type]
     if not record.quick:
-        record.check(f"{name}: deciding costs at most {bound:.0%} of the layer", share, bound, "measured in one run")
+        where = "" if name not in EXEMPT else f", {case.experts} experts, {case.scores} scores"
+        record.check(f"{name}{where}: deciding costs at most {bound:.0%} of the layer", share, bound, "one run")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -140,14 +157,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, router in ROUTERS.items():
         if getattr(router, "wraps_block", False):
             record.skip(name, "its expert is a whole block")
-        elif record.seconds_left < 0:
-            record.skip(name, "no time left")
         else:
-            try:
-                run_router(name, case, clock, record)
-            except Exception as error:  # the other routers still count
-                record.broke(f"{name} runs", error)
+            _try(name, case, clock, record)
+    hard = [] if record.quick else [(experts, scores) for experts in (16, 64) for scores in HARD]
+    for name in EXEMPT:
+        for experts, scores in hard[1:]:
+            _try(name, replace(case, experts=experts, scores=scores), clock, record)
     return 0
+
+
+def _try(name: str, case: Case, clock: Clock, record: Recorder) -> None:
+    if record.seconds_left < 0:
+        record.skip(name, "no time left")
+        return
+    try:
+        run_router(name, case, clock, record)
+    except Exception as error:  # the other routers still count
+        record.broke(f"{name} runs", error)
 
 
 if __name__ == "__main__":

@@ -270,10 +270,12 @@ IN_TWO_STEPS = [
 def test_a_group_serves_whole_tokens(mode: str, rows: list[list[float]], policy: str, kept: set[int]) -> None:
     config = sam_config(4, 2, 2, {"mode": mode}, expert_capacity_factor=1.0, token_drop_policy=policy)
     info = token_info(4)
-    plan = identity_router(config)(torch.tensor(rows).double(), info)
+    router = identity_router(config)
+    plan = router(torch.tensor(rows).double(), info)
     assert set(plan.expert_ids.tolist()) == {0, 1}
+    assert router.expert_pools == 2
     # two places for the four tokens
-    limited = make_limit(config, 2, NOBODY, 2)(plan, info)
+    limited = make_limit(config, 2, NOBODY, router.expert_pools)(plan, info)
     assert pairs(limited) == {(token, expert) for token in kept for expert in (0, 1)}
 
 

@@ -83,6 +83,13 @@ def test_noise_is_drawn_in_training_only_and_by_token() -> None:
     quiet = answers(layer, tokens, token_info(4, train=False), samples=1)
     assert torch.equal(quiet, answers(layer, tokens, token_info(4, train=False, seed=2), samples=1))
     assert layer.is_random and not soft().is_random
+    # equal samples draw by themselves
+    pair = answers(layer, tokens.repeat_interleave(2, dim=0), token_info(4, 2), samples=2).view(4, 2, HIDDEN)
+    assert not torch.allclose(pair[:, 0], pair[:, 1])
+
+
+def test_logits_are_cosines_at_first() -> None:
+    assert make_layer("soft_moe").get_parameter("scale").tolist() == [1.0]
 
 
 def test_a_group_without_tokens_and_one_token() -> None:
