@@ -9,14 +9,14 @@ import torch
 from ranks import run_on_ranks
 from torch import Tensor
 
-from megatron_moe.certify.tiny_model import LENGTH, VOCAB, samples, tiny_config
+from megatron_moe.certify.tiny_model import ENCODER_LENGTH, LENGTH, VOCAB, pairs, samples, tiny_config
 from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.parallel import ParallelConfig
 from megatron_moe.inference.generate import Generator, decoding_view
 from megatron_moe.inference.kv_cache import ReservedCache
 from megatron_moe.inference.limits import decoding_notes
 from megatron_moe.inference.sampling import Sampling
-from megatron_moe.layers.context import ForwardContext
+from megatron_moe.layers.context import ForwardContext, SequenceView
 from megatron_moe.models.build import gpt_spec
 from megatron_moe.models.depth import DepthBlock, build_block
 from megatron_moe.models.gpt import GPTStage
@@ -54,6 +54,11 @@ def draw(samples_: int) -> Tensor:
     return torch.randn(LENGTH, samples_, 16, generator=generator, dtype=torch.float64)
 
 
+def one_sample(view: SequenceView, sample: int) -> SequenceView:
+    cut = {name: getattr(view, name)[:, sample : sample + 1] for name in ("tokens", "positions", "segments")}
+    return replace(view, **cut, sample_ids=view.sample_ids[sample : sample + 1])
+
+
 def by_hand(block: DepthBlock, hidden: Tensor, ctx: ForwardContext, chosen: list[int], sample: int) -> Tensor:
     """One sample: the block on its chosen rows as a sequence of their own."""
     layer = block.depth.block
@@ -68,8 +73,13 @@ def by_hand(block: DepthBlock, hidden: Tensor, ctx: ForwardContext, chosen: list
         rows=torch.arange(len(rows)),
         segmented=True,
     )
+    if view.prefix is not None:
+        picked = replace(picked, prefix=view.prefix[rows, sample : sample + 1])
     given = hidden[rows, sample : sample + 1]
-    out, _ = layer(given, replace(ctx, view=picked))
+    source = None if ctx.source is None else one_sample(ctx.source, sample)
+    memory = None if ctx.memory is None else ctx.memory[:, sample : sample + 1]
+    bias = None if ctx.bias is None else ctx.bias[:, :, rows][..., rows]
+    out, _ = layer(given, replace(ctx, view=picked, source=source, memory=memory, bias=bias))
     r = given @ block.depth.router.weight.t()
     found = hidden[:, sample].clone()
     found[rows] = (given + r * (out - given)).squeeze(1)
@@ -95,6 +105,38 @@ def test_chosen_tokens_pass_through_the_block_and_the_others_do_not(train: bool)
         assert torch.equal(found[others, sample], hidden[others, sample])
     assert report.stats["tokens_per_expert"].tolist() == [9]
     assert set(report.aux_losses) == ({"predictor_loss"} if train else set())
+
+
+@pytest.mark.parametrize("inference", ["top_k", "predictor"])
+def test_chosen_tokens_keep_their_distances_their_prefix_and_what_they_look_at(inference: str) -> None:
+    fields = {**DEPTHS, "router_options": {"capacity": "0.375", "inference": inference}}
+    config = tiny_config(fields, {}, {"init_method_std": 0.4, "encoder_num_layers": 1})
+    block = build_block(gpt_spec(config, VOCAB).layers[2], ALONE)
+    materialise(block, ALONE, 3, torch.device("cpu"))
+    assert isinstance(block, DepthBlock)
+    torch.manual_seed(2)
+    batch = pairs([0, 1, 2])
+    ctx = context([0, 1, 2], train=False)
+    prefix = torch.zeros(LENGTH, 3, dtype=torch.bool)
+    prefix[:2] = True
+    encoder = batch.encoder
+    assert encoder is not None
+    ctx = replace(
+        ctx,
+        view=replace(ctx.view, prefix=prefix),
+        bias=torch.randn(1, 4, LENGTH, LENGTH, dtype=torch.float64),
+        source=view_of(encoder, batch.sample_ids, ALONE, torch.device("cpu")),
+        memory=torch.randn(ENCODER_LENGTH, 3, 16, dtype=torch.float64),
+    )
+    hidden = draw(3)
+    found, _ = block(hidden, ctx)
+    r = (hidden @ block.depth.router.weight.t()).squeeze(2)
+    for sample in range(3):
+        chosen = best_rows(block, hidden, ctx, sample, 3)
+        if inference == "predictor":
+            chosen = [row for row in range(LENGTH) if r[row, sample] > 0 and ctx.view.segments[row, sample] >= 0]
+        assert 1 < len(chosen) < LENGTH
+        torch.testing.assert_close(found[:, sample], by_hand(block, hidden, ctx, chosen, sample))
 
 
 def test_the_predictor_decides_token_by_token() -> None:

@@ -45,6 +45,7 @@ def main_arms(size: Size) -> list[Arm]:
         "deepseek": sparse("deepseek", half, router_topk=2, **BALANCE),
         "deepseek_v3": sparse("deepseek_v3", half, router_topk=2),
         "remoe": sparse("remoe", full, router_topk=1),
+        "expert_choice_position": sparse("expert_choice_position", half, routing_group_samples=8),
         "expert_choice_threshold": sparse("expert_choice_threshold", half),
         "hash": sparse("hash", full, router_topk=1),
         "thor": sparse("thor", full),
@@ -62,9 +63,9 @@ def main_arms(size: Size) -> list[Arm]:
         ),
     }
     arms = [Arm("dense", "main")]
-    arms += [Arm(name, "main", moe) for name, moe in causal.items()]
-    arms += [Arm(f"{name}, frozen router", "main", moe, True) for name, moe in causal.items() if learns(name)]
-    arms += [Arm(name, "leaking", moe) for name, moe in leaking.items()]
+    for table, methods in (("main", causal), ("leaking", leaking)):
+        arms += [Arm(name, table, moe) for name, moe in methods.items()]
+        arms += [Arm(f"{name}, frozen router", table, moe, True) for name, moe in methods.items() if learns(name)]
     return arms
 
 
