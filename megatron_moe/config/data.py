@@ -5,6 +5,7 @@ from typing import ClassVar
 
 from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.options import REQUIRED, check_values, option
+from megatron_moe.config.span_lengths import corrupted_lengths, raw_length
 
 TOKENIZERS = ("SentencePieceTokenizer", "HuggingFaceTokenizer", "GPT2BPETokenizer", "NullTokenizer", "ByteTokenizer")
 TOKENIZERS_WITH_MODEL = ("SentencePieceTokenizer", "HuggingFaceTokenizer")
@@ -20,7 +21,22 @@ class DataConfig:
         (), "prefixes of .bin/.idx pairs, or a blend: weight prefix weight prefix ... (weights need not add up to 1)"
     )
     split: str = option("969,30,1", "shares of the documents for training, validation and test")
-    seq_length: int = option(REQUIRED, "tokens in a sample", at_least=1)
+    seq_length: int = option(REQUIRED, "tokens in a sample; of the encoder, where there is one", at_least=1)
+    objective: str = option(
+        "causal",
+        "what is learnt: causal = each next token; prefix_lm = the same after a prefix that all of the text sees; "
+        "span_corruption = what was cut out (T5; needs an encoder)",
+        choices=("causal", "prefix_lm", "span_corruption"),
+    )
+    noise_density: float = option(
+        0.15, "span_corruption: share of tokens that are cut out; 0.15 in T5", above=0, below=1
+    )
+    mean_noise_span_length: float = option(
+        3.0, "span_corruption: tokens of a span that is cut out, on average; 3 in T5", at_least=1
+    )
+    vocab_extra_ids: int = option(
+        100, "span_corruption: ids after the tokenizer's that stand for what was cut out; 100 in T5", at_least=1
+    )
     tokenizer_type: str = option(
         "NullTokenizer", "how text became ids; NullTokenizer: ids only, needs --vocab-size", choices=TOKENIZERS
     )
@@ -38,6 +54,19 @@ class DataConfig:
         check_values(self)
         self._check_tokenizer()
         _ = self.split_fractions, self.weights
+
+    @property
+    def decoder_length(self) -> int:
+        """Tokens that the decoder reads in a sample."""
+        if self.objective != "span_corruption":
+            return self.seq_length
+        shares = (self.noise_density, self.mean_noise_span_length)
+        return corrupted_lengths(raw_length(self.seq_length, *shares), *shares)[1]
+
+    @property
+    def tokens_of_a_sample(self) -> int:
+        """Those that pass the model, in encoder and decoder."""
+        return self.decoder_length + (self.seq_length if self.objective == "span_corruption" else 0)
 
     @property
     def split_fractions(self) -> tuple[float, float, float]:

@@ -29,6 +29,7 @@ ENCODER_CAPACITY = tuple(f"encoder_moe.{name}" for name in PLACES)
 RELATIVE = ("model.relative_attention_num_buckets", "model.relative_attention_max_distance")
 OF_THE_WHOLE_MODEL = ("moe.consistency_coeff", "moe.consistency_cross_entropy", "moe.aux_layer_reduction")
 WSD = ("optimizer.lr_wsd_decay_iters", "optimizer.lr_wsd_decay_style")
+SPANS = ("data.noise_density", "data.mean_noise_span_length", "data.vocab_extra_ids")
 DECAY = ("optimizer.min_lr", "optimizer.lr_decay_iters")
 ROTARY = ("model.rotary_base", "model.rotary_percent")
 LOADING = ("ckpt_step", "finetune", "no_load_optim", "exit_on_missing_checkpoint")
@@ -112,6 +113,16 @@ RULES = (
         RELATIVE,
         lambda run: run.model.position_embedding_type != "relative",
         "without relative positions; leave it out, or use --position-embedding-type relative",
+    ),
+    Rule(
+        SPANS,
+        lambda run: run.data.objective != "span_corruption",
+        "without span corruption; leave it out, or give --objective span_corruption",
+    ),
+    Rule(
+        ("data.reset_position_ids", "data.reset_attention_mask", "data.eod_mask_loss"),
+        lambda run: run.data.objective == "span_corruption",
+        "with span corruption, which knows no documents; leave it out",
     ),
     Rule(
         WSD,

@@ -8,6 +8,7 @@ from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.moe import MoEConfig
 from megatron_moe.config.parallel import RECOMPUTE_MODULES
 from megatron_moe.config.sections import Sections
+from megatron_moe.config.span_lengths import fits, raw_length
 
 
 def check_relations(run: Sections) -> None:
@@ -79,23 +80,52 @@ def _pipeline(run: Sections) -> None:
         )
 
 
+def _objective(run: Sections) -> None:
+    data = run.data
+    if data.objective != "span_corruption":
+        return
+    if not run.model.encoder_num_layers:
+        raise ConfigError(
+            "--objective span_corruption needs an encoder to read the corrupted text; give --encoder-num-layers."
+        )
+    shares = (data.noise_density, data.mean_noise_span_length)
+    length = raw_length(data.seq_length, *shares)
+    if not fits(length, *shares):
+        raise ConfigError(
+            f"--seq-length {data.seq_length} with --noise-density {data.noise_density:g} and --mean-noise-span-length "
+            f"{data.mean_noise_span_length:g} leaves no kept token before each span; lengthen the sequence or the "
+            f"spans, or cut out less."
+        )
+    spans = round(round(length * data.noise_density) / data.mean_noise_span_length)
+    if spans > data.vocab_extra_ids:
+        raise ConfigError(
+            f"--vocab-extra-ids {data.vocab_extra_ids} are fewer than the {spans} spans of a sample; raise it to that, "
+            f"shorten --seq-length, or lengthen --mean-noise-span-length."
+        )
+
+
 def _sequence(run: Sections) -> None:
-    length, parallel = run.data.seq_length, run.parallel
+    _length(run, "--seq-length", run.data.seq_length)
+    if run.data.objective == "span_corruption":
+        _length(run, "the length of the targets, which follows from --seq-length,", run.data.decoder_length)
+
+
+def _length(run: Sections, flag: str, length: int) -> None:
+    parallel = run.parallel
     cp, tp = parallel.context_parallel_size, parallel.tensor_model_parallel_size
     longest = run.model.max_position_embeddings
     if longest is not None and length > longest:
         raise ConfigError(
-            f"--seq-length {length} is longer than --max-position-embeddings {longest}; "
-            f"shorten the one or raise the other."
+            f"{flag} {length} is longer than --max-position-embeddings {longest}; shorten the one or raise the other."
         )
     if cp > 1 and length % (2 * cp):
         raise ConfigError(
-            f"--seq-length {length} cannot be cut into 2 x --context-parallel-size {cp} equal pieces; "
+            f"{flag} {length} cannot be cut into 2 x --context-parallel-size {cp} equal pieces; "
             f"use a multiple of {2 * cp}, such as {-(-length // (2 * cp)) * 2 * cp}."
         )
     if length // cp < tp:
         raise ConfigError(
-            f"--seq-length {length} leaves {length // cp} tokens to each of --context-parallel-size {cp}, too few for "
+            f"{flag} {length} leaves {length // cp} tokens to each of --context-parallel-size {cp}, too few for "
             f"--tensor-model-parallel-size {tp}; use {tp * cp} tokens or more."
         )
 
@@ -196,6 +226,7 @@ CHECKS = (
     _vocabulary,
     _tensor,
     _pipeline,
+    _objective,
     _sequence,
     _experts,
     _dispatch,

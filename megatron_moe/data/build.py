@@ -8,8 +8,10 @@ from functools import partial
 
 from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.run import RunConfig
+from megatron_moe.config.span_lengths import raw_length
 from megatron_moe.data.gpt_dataset import BlendedDataset, Dataset, GPTDataset, SampleOptions, TokenStream, num_windows
 from megatron_moe.data.indexed_dataset import IndexedDataset
+from megatron_moe.data.objectives import PrefixOptions, SpanOptions
 from megatron_moe.data.split import SPLITS, split_ranges
 from megatron_moe.data.tokenizer import Tokenizer
 
@@ -35,23 +37,65 @@ def build_datasets(config: RunConfig, tokenizer: Tokenizer) -> dict[str, Dataset
     }
 
 
-def sample_options(config: RunConfig, tokenizer: Tokenizer) -> SampleOptions:
-    """What the run wants of a sample, checked against its tokenizer."""
-    data, vocab_size = config.data, config.model.vocab_size
-    if vocab_size is not None and vocab_size < tokenizer.vocab_size:
+def vocabulary_size(config: RunConfig, tokenizer: Tokenizer) -> int:
+    """Ids of the model: the tokenizer's, and after them the sentinels of span corruption.
+
+    Raises ConfigError if --vocab-size has no room for them.
+    """
+    needed = tokenizer.vocab_size
+    if config.data.objective == "span_corruption":
+        needed += config.data.vocab_extra_ids
+    given = config.model.vocab_size
+    if given is not None and given < needed:
+        sentinels = "" if needed == tokenizer.vocab_size else " and --vocab-extra-ids together"
         raise ConfigError(
-            f"--vocab-size {vocab_size} is smaller than the tokenizer's {tokenizer.vocab_size}; "
+            f"--vocab-size {given} is smaller than the tokenizer's {needed}{sentinels}; "
             "leave it out, or raise it to at least that."
         )
+    return given or needed
+
+
+def sample_options(config: RunConfig, tokenizer: Tokenizer) -> SampleOptions:
+    """What the run wants of a sample, checked against its tokenizer."""
+    data, vocab_size = config.data, vocabulary_size(config, tokenizer)
+    if config.model.encoder_num_layers and data.objective != "span_corruption":
+        raise ConfigError(
+            f"--objective {data.objective} gives --encoder-num-layers {config.model.encoder_num_layers} nothing to "
+            f"read; use --objective span_corruption, or leave the encoder out."
+        )
+    if data.objective == "span_corruption":
+        return _span_options(config, tokenizer)
     if data.eod_mask_loss and tokenizer.eod_id is None:
         raise ConfigError("--eod-mask-loss needs a tokenizer with an end-of-document token; this one has none.")
-    return SampleOptions(
+    kind = PrefixOptions if data.objective == "prefix_lm" else SampleOptions
+    return kind(
         seq_length=data.seq_length,
-        vocab_size=vocab_size or tokenizer.vocab_size,
+        vocab_size=vocab_size,
         eod_id=tokenizer.eod_id,
         reset_position_ids=data.reset_position_ids,
         reset_attention_mask=data.reset_attention_mask,
         eod_mask_loss=data.eod_mask_loss,
+    )
+
+
+def _span_options(config: RunConfig, tokenizer: Tokenizer) -> SpanOptions:
+    """The sentinels stand after the tokenizer's ids."""
+    data = config.data
+    if tokenizer.eod_id is None:
+        raise ConfigError(
+            "--objective span_corruption closes each sequence by the tokenizer's end-of-document token, and this one "
+            "has none; use another tokenizer."
+        )
+    return SpanOptions(
+        seq_length=data.seq_length,
+        vocab_size=tokenizer.vocab_size,
+        raw_length=raw_length(data.seq_length, data.noise_density, data.mean_noise_span_length),
+        noise_density=data.noise_density,
+        mean_span=data.mean_noise_span_length,
+        num_sentinels=data.vocab_extra_ids,
+        end_id=tokenizer.eod_id,
+        # T5 begins a target with its padding token
+        start_id=tokenizer.eod_id if tokenizer.pad_id is None else tokenizer.pad_id,
     )
 
 
@@ -62,7 +106,7 @@ def _build_split(
         # GPTDataset refuses a corpus too short to train on
         kept = list(range(len(streams)))
     else:
-        kept = [number for number, stream in enumerate(streams) if num_windows(stream, options.seq_length)]
+        kept = [number for number, stream in enumerate(streams) if num_windows(stream, options)]
     for number in {number for number, stream in enumerate(streams) if stream.num_tokens}.difference(kept):
         logger.warning(
             "%s: the %s split has %d tokens, fewer than one sample, and is left out",

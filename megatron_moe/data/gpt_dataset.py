@@ -1,4 +1,4 @@
-"""Samples for a decoder: windows of a token stream, in an order that is computed and never stored.
+"""Samples from windows of a token stream, in an order that is computed and never stored.
 
     documents    |  a  a  a | b  b | c  c  c  c  c | d  d  d |      one stream, as it lies in .bin
     windows      [ 0           ][ 1           ][ 2         ]       seq_length + 1 tokens, the last shared with the next
@@ -22,7 +22,7 @@ import torch
 import xxhash
 
 from megatron_moe.config.errors import DataError
-from megatron_moe.data.batch import Batch, Stream
+from megatron_moe.data.batch import Batch, Inputs, Stream
 from megatron_moe.data.blend import Blend
 from megatron_moe.data.indexed_dataset import IndexedDataset, IntArray
 from megatron_moe.data.permutation import Permutation
@@ -30,14 +30,26 @@ from megatron_moe.parallel.random import KeyedRandom
 
 
 @dataclass(frozen=True)
-class Sample:
-    """One training example, each array (S,)."""
+class InputSample:
+    """What a model reads of one example, each array (S,)."""
 
     tokens: IntArray  # int64
-    labels: IntArray  # int64
-    loss_mask: np.ndarray[Any, np.dtype[np.float32]]
     position_ids: IntArray  # int64
     segments: IntArray  # int32
+
+    @classmethod
+    def of_one_document(cls, tokens: IntArray) -> InputSample:
+        return cls(tokens, np.arange(len(tokens), dtype=np.int64), np.zeros(len(tokens), np.int32))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample(InputSample):
+    """One training example."""
+
+    labels: IntArray  # int64
+    loss_mask: np.ndarray[Any, np.dtype[np.float32]]
+    prefix: np.ndarray[Any, np.dtype[np.bool_]] | None = None  # tokens that all of their document see
+    encoder: InputSample | None = None  # what the encoder reads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +62,25 @@ class SampleOptions:
     reset_position_ids: bool = False  # positions start again at each document
     reset_attention_mask: bool = False  # documents of a sample become segments
     eod_mask_loss: bool = False  # what follows an end of document is not learnt
+
+    @property
+    def window(self) -> int:
+        """Tokens from the start of one window to the start of the next."""
+        return self.seq_length
+
+    @property
+    def window_words(self) -> str:
+        """How long a window is, in the words of the command line."""
+        return f"--seq-length {self.seq_length} + 1"
+
+    @property
+    def shared(self) -> int:
+        """Tokens at the end of a window that also begin the next."""
+        return 1
+
+    def read(self, stream: TokenStream, window: int, random: KeyedRandom, number: int) -> Sample:
+        """Window number `window` of the stream.   random: of the dataset; number: of the sample in the run."""
+        return read_sample(stream, window, self)
 
 
 class TokenStream:
@@ -93,9 +124,20 @@ class Dataset(ABC):
     def get(self, indices: Sequence[int]) -> Batch:
         """These samples as one microbatch."""
         samples = [self.sample(index) for index in indices]
-        arrays = {field.name: np.stack([getattr(sample, field.name) for sample in samples]) for field in fields(Sample)}
-        stream = Stream(**{name: torch.from_numpy(array) for name, array in arrays.items()})
-        return Batch(streams={"decoder": stream}, sample_ids=torch.tensor(list(indices), dtype=torch.int64))
+        streams: dict[str, Inputs] = {"decoder": Stream(**_stacked(Stream, samples))}
+        encoders = [sample.encoder for sample in samples if sample.encoder is not None]
+        if encoders:
+            streams["encoder"] = Inputs(**_stacked(Inputs, encoders))
+        return Batch(streams=streams, sample_ids=torch.tensor(list(indices), dtype=torch.int64))
+
+
+def _stacked(kind: type[Inputs], samples: Sequence[InputSample]) -> dict[str, Any]:
+    """The fields of a stream, (B, S) each; None where the samples have nothing."""
+    found: dict[str, Any] = {}
+    for field in fields(kind):
+        arrays = [getattr(sample, field.name) for sample in samples]
+        found[field.name] = None if arrays[0] is None else torch.from_numpy(np.stack(arrays))
+    return found
 
 
 class GPTDataset(Dataset):
@@ -106,16 +148,17 @@ class GPTDataset(Dataset):
 
     def __init__(self, streams: Sequence[TokenStream], options: SampleOptions, *, seed: int, name: str) -> None:
         self.streams, self.options = tuple(streams), options
-        sizes = [num_windows(stream, options.seq_length) for stream in streams]
+        sizes = [num_windows(stream, options) for stream in streams]
         for stream, size in zip(streams, sizes, strict=True):
             if not size:
                 raise DataError(
                     f"{stream.corpus.prefix}: the {name} split has {stream.num_tokens} tokens, fewer than one sample "
-                    f"(--seq-length {options.seq_length} + 1); shorten --seq-length, change --split or add text."
+                    f"({options.window_words}); shorten --seq-length, change --split or add text."
                 )
         self._ends = list(accumulate(sizes))
         self.num_samples = self._ends[-1]
         self._random = KeyedRandom(seed, stream=f"data/{name}")
+        self._draws = KeyedRandom(seed, stream=f"samples/{name}")
         self._permutation = lru_cache(maxsize=4)(self._make_permutation)
 
     def sample(self, index: int) -> Sample:
@@ -124,7 +167,7 @@ class GPTDataset(Dataset):
         window = self._permutation(epoch)(position)
         number = bisect_right(self._ends, window)
         before = self._ends[number - 1] if number else 0
-        return read_sample(self.streams[number], window - before, self.options)
+        return self.options.read(self.streams[number], window - before, self._draws, index)
 
     def fingerprint(self) -> str:
         """A hash of the fingerprints of the corpora."""
@@ -152,22 +195,29 @@ class BlendedDataset(Dataset):
         return _combine([dataset.fingerprint() for dataset in self.datasets])
 
 
-def num_windows(stream: TokenStream, seq_length: int) -> int:
-    """Whole windows in a stream: the last token of each is the first of the next."""
-    return max(stream.num_tokens - 1, 0) // seq_length
+def num_windows(stream: TokenStream, options: SampleOptions) -> int:
+    """Whole windows in a stream."""
+    return max(stream.num_tokens - options.shared, 0) // options.window
+
+
+def read_window(stream: TokenStream, window: int, options: SampleOptions, vocab_size: int) -> IntArray:
+    """The tokens of a window as int64. DataError for an id from vocab_size on."""
+    start = window * options.window
+    values = stream.tokens(start, start + options.window + options.shared).astype(np.int64)
+    if int(values.max()) >= vocab_size or int(values.min()) < 0:
+        bad = int(values.max()) if int(values.max()) >= vocab_size else int(values.min())
+        raise DataError(
+            f"{stream.corpus.bin_path} holds token {bad}, but the vocabulary ends at {vocab_size - 1}: "
+            "the corpus was made with another tokenizer, or is damaged. Name the tokenizer that it was made with."
+        )
+    return values
 
 
 def read_sample(stream: TokenStream, window: int, options: SampleOptions) -> Sample:
     """Window number `window` of the stream, as the options want it.  [masks: Megatron core/datasets/gpt_dataset.py]"""
     length = options.seq_length
     start = window * length
-    values = stream.tokens(start, start + length + 1).astype(np.int64)
-    if int(values.max()) >= options.vocab_size or int(values.min()) < 0:
-        bad = int(values.max()) if int(values.max()) >= options.vocab_size else int(values.min())
-        raise DataError(
-            f"{stream.corpus.bin_path} holds token {bad}, but the vocabulary ends at {options.vocab_size - 1}: "
-            "the corpus was made with another tokenizer, or is damaged. Name the tokenizer that it was made with."
-        )
+    values = read_window(stream, window, options, options.vocab_size)
     tokens = values[:-1]
     positions = np.arange(length, dtype=np.int64)
     segments = np.zeros(length, np.int32)

@@ -15,7 +15,7 @@ from megatron_moe.config.errors import ConfigError, DataError, NonFiniteError, S
 from megatron_moe.config.optional import require
 from megatron_moe.config.run import RunConfig
 from megatron_moe.data.batch import Batch
-from megatron_moe.data.build import build_datasets
+from megatron_moe.data.build import build_datasets, vocabulary_size
 from megatron_moe.data.gpt_dataset import Dataset
 from megatron_moe.data.loader import Loader
 from megatron_moe.data.sampler import Sampler
@@ -47,7 +47,7 @@ class Trainer:
         self.device = device
         with together(state.world, device):
             self.tokenizer = build_tokenizer(config.data, config.model.vocab_size)
-            self.vocab_size = config.model.vocab_size or self.tokenizer.vocab_size
+            self.vocab_size = vocabulary_size(config, self.tokenizer)
             self.datasets = build_datasets(config, self.tokenizer)
             self._fingerprints = {
                 "tokenizer": self.tokenizer.fingerprint(),
@@ -178,9 +178,9 @@ class Trainer:
             consumed_samples=self.loader.state_dict()["consumed_samples"],
             global_batch_size=training.global_batch_size,
             seconds=window.seconds_per_step(),
-            tokens=training.global_batch_size * self.config.data.seq_length,
+            tokens=training.global_batch_size * self.config.data.tokens_of_a_sample,
             world_size=self.state.world.size,
-            flops=self._flops * training.global_batch_size * self.config.data.seq_length,
+            flops=self._flops * training.global_batch_size * self.config.data.tokens_of_a_sample,
             peak_flops=self._peak,
             loss=result.metrics.loss,
             aux_losses=result.metrics.aux_losses,

@@ -72,6 +72,7 @@ def test_sparse_options_of_an_encoder_need_its_experts(name: str) -> None:
 
 
 ENCODER = {"model.encoder_num_layers": 2, "encoder_moe.num_experts": 4}
+SPANS = {"model.encoder_num_layers": 2, "data.objective": "span_corruption"}
 CAPACITY = {"moe.expert_capacity_factor": 1.0}
 SAVE, LOAD = {"checkpoint.save": "runs"}, {"checkpoint.load": "runs"}
 WSD = {"optimizer.lr_decay_style": "WSD", "optimizer.lr_wsd_decay_iters": 5}
@@ -108,6 +109,18 @@ CASES: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
         "without relative positions",
         {"model.position_embedding_type": "relative"},
     ),
+    *[
+        ({f"data.{name}": value}, "give --objective span_corruption.", SPANS)
+        for name, value in (("noise_density", 0.2), ("mean_noise_span_length", 4.0), ("vocab_extra_ids", 90))
+    ],
+    *[
+        (
+            {**SPANS, f"data.{name}": True},
+            "with span corruption, which knows no documents",
+            {"data.objective": "causal"},
+        )
+        for name in ("reset_position_ids", "reset_attention_mask", "eod_mask_loss")
+    ],
     (
         {"parallel.recompute_method": "block"},
         "give --recompute-granularity full.",
