@@ -29,10 +29,12 @@ from megatron_moe.config.errors import ConfigError, DataError, MegatronMoEError
 from megatron_moe.config.options import settings_of
 from megatron_moe.config.parallel import ParallelConfig
 from megatron_moe.config.run import RunConfig
+from megatron_moe.data.build import start_id, vocabulary_size
 from megatron_moe.data.tokenizer import TOKENIZER_TYPES, Tokenizer, build_tokenizer
 from megatron_moe.inference.generate import Generator, refuse_context_parallelism
 from megatron_moe.inference.limits import decoding_notes, lift_capacity
 from megatron_moe.inference.sampling import Sampling
+from megatron_moe.inference.sentinels import Sentinels
 from megatron_moe.models.build import DTYPES
 from megatron_moe.models.load import LoadedModel, load_model
 from megatron_moe.parallel.grid import Grid
@@ -120,6 +122,7 @@ class Session:
     sampling: Sampling
     tokenizer: Tokenizer | None
     eod_id: int | None
+    sentinels: Sentinels | None  # of a model that fills gaps, on the first rank
 
     def told(self, work: Callable[[], Any]) -> Any:
         return told(work, self.model.state, self.model.device)
@@ -127,6 +130,8 @@ class Session:
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """First rank only. A prompt without text begins a document."""
         assert self.tokenizer is not None
+        if self.sentinels is not None:
+            return [self.sentinels.encode(text) for text in texts]
         start = [] if self.eod_id is None else [self.eod_id]
         return [self.tokenizer.encode(text) or start for text in texts]
 
@@ -153,7 +158,10 @@ class Session:
 
     def _show(self, place: int, text: str, prompt: list[int], answer: list[int]) -> None:
         assert self.tokenizer is not None
-        whole = self.tokenizer.decode([*(prompt if text else []), *answer])
+        if self.sentinels is None:
+            whole = self.tokenizer.decode([*(prompt if text else []), *answer])
+        else:
+            whole = self.sentinels.decode(answer)
         if self.arguments.json:
             print(json.dumps({"prompt": text, "text": whole, "token_ids": answer}, ensure_ascii=False), flush=True)
             return
@@ -222,7 +230,12 @@ def open_session(arguments: argparse.Namespace, state: ParallelState, device: to
     def describe() -> dict[str, int | None]:
         tokenizer = make_tokenizer(given, config, reader.data.get("tokenizer"))
         tokenizers.append(tokenizer)
-        return {"vocab_size": tokenizer.vocab_size, "eod_id": tokenizer.eod_id}
+        spans = config.model.encoder_num_layers > 0
+        return {
+            "vocab_size": vocabulary_size(config, tokenizer) if spans else tokenizer.vocab_size,
+            "eod_id": tokenizer.eod_id,
+            "start_id": start_id(tokenizer) if spans else None,
+        }
 
     words = told(describe, state, device)
     dtype = DTYPES[given.dtype] if given.dtype else None
@@ -234,8 +247,11 @@ def open_session(arguments: argparse.Namespace, state: ParallelState, device: to
             logger.warning("note: %s", note)
     # an id that the tokenizer does not know has no text
     spec = replace(model.spec, vocab_size=min(model.spec.vocab_size, words["vocab_size"]))
-    generator = Generator(model.stages, state, spec, device, max_batch=given.batch_size)
-    return Session(given, model, generator, sampling, tokenizers[0] if tokenizers else None, words["eod_id"])
+    generator = Generator(model.stages, state, spec, device, max_batch=given.batch_size, start_id=words["start_id"])
+    tokenizer = tokenizers[0] if tokenizers else None
+    fills_gaps = tokenizer is not None and words["start_id"] is not None
+    sentinels = Sentinels(tokenizer, config.data.vocab_extra_ids) if tokenizer is not None and fills_gaps else None
+    return Session(given, model, generator, sampling, tokenizer, words["eod_id"], sentinels)
 
 
 def join_ranks(arguments: argparse.Namespace, place: Place, device: torch.device, *, patient: bool) -> ParallelState:

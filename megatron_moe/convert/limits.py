@@ -24,6 +24,10 @@ def common_obstacles(shape: ModelShape, *, qk_layernorm: str) -> list[str]:
     model, moe = shape.model, shape.moe
     kinds = {"none": "no query-key norm", "head": "a query-key norm in each head", "projection": "one over all heads"}
     found = []
+    if model.encoder_num_layers:
+        found.append(
+            f"--encoder-num-layers {model.encoder_num_layers}: the family is a decoder alone; there is no way out"
+        )
     if not shape.sparse_layers:
         found.append("it has no MoE layer (--num-experts 0 or --moe-layer-freq); export is for sparse models")
     if model.position_embedding_type != "rope":

@@ -94,9 +94,19 @@ def _span_options(config: RunConfig, tokenizer: Tokenizer) -> SpanOptions:
         mean_span=data.mean_noise_span_length,
         num_sentinels=data.vocab_extra_ids,
         end_id=tokenizer.eod_id,
-        # T5 begins a target with its padding token
-        start_id=tokenizer.eod_id if tokenizer.pad_id is None else tokenizer.pad_id,
+        start_id=start_id(tokenizer),
     )
+
+
+def start_id(tokenizer: Tokenizer) -> int:
+    """What a decoder behind an encoder reads first: padding, as in T5, or the end of a document where there is none.
+
+    Raises ConfigError for a tokenizer that has neither.
+    """
+    found = tokenizer.eod_id if tokenizer.pad_id is None else tokenizer.pad_id
+    if found is None:
+        raise ConfigError("the decoder's first token is the tokenizer's padding or end; this one has neither.")
+    return found
 
 
 def _build_split(

@@ -63,7 +63,8 @@ class Generator:
     """Goes on from prompts. Collective: all ranks make the same calls with the same arguments.
 
     stages: this rank's, one.   spec: only ids below spec.vocab_size are chosen.   max_batch: prompts that may run
-    together.   Raises ConfigError under context parallelism, and for a model that needs whole sequences.
+    together.   start_id: of an encoder-decoder model, whose encoder reads the prompts: what the decoder reads first.
+    Raises ConfigError under context parallelism, and for a model that needs whole sequences.
     """
 
     def __init__(
@@ -74,8 +75,12 @@ class Generator:
         device: torch.device,
         *,
         max_batch: int = 16,
+        start_id: int | None = None,
     ) -> None:
         refuse_context_parallelism(state.cp.size)
+        if (start_id is None) == (spec.encoder_layers > 0):
+            raise ValueError("a model with an encoder, and no other, wants start_id")
+        self._start_id = start_id
         refuse_undecodable(spec)
         if max_batch < 1:
             raise ConfigError(f"--batch-size {max_batch}: expected 1 or more prompts at a time.")
@@ -141,14 +146,18 @@ class Generator:
     def _go_on(
         self, batch: _Batch, max_new_tokens: int, sampling: Sampling, eod_id: int | None, random: KeyedRandom
     ) -> list[list[int]]:
-        length, samples = batch.tokens.shape
+        samples = batch.tokens.shape[1]
+        first = batch.tokens if self._start_id is None else torch.full_like(batch.tokens[:1], self._start_id)
+        source = None if self._start_id is None else decoding_view(batch.tokens, 0, batch.sample_ids)
+        length = len(first)
         most = length + max_new_tokens - 1  # the last token is not run
         cache = ReservedCache.for_stages([self._stage], max_length=most, num_samples=samples, device=self._device)
         answers: list[list[int]] = [[] for _ in range(samples)]
         ended = [False] * samples
-        tokens, before = batch.tokens, None
+        tokens, before = first, None
         for position in range(length, length + max_new_tokens):
-            logits = self._run(tokens, before, batch.sample_ids, cache, random)
+            view = decoding_view(tokens, position - len(tokens), batch.sample_ids, before)
+            logits = self._run(view, source, cache, random)
             uniform = random.at(stream="sample").uniform(draw_keys(batch.sample_ids.cpu(), position))
             chosen = self._agree(logits, uniform, sampling, position)
             for sample, token in enumerate(chosen.tolist()):
@@ -161,15 +170,17 @@ class Generator:
         return answers
 
     def _run(
-        self, tokens: Tensor, before: Tensor | None, sample_ids: Tensor, cache: ReservedCache, random: KeyedRandom
+        self, view: SequenceView, source: SequenceView | None, cache: ReservedCache, random: KeyedRandom
     ) -> Tensor | None:
-        """One pass over tokens (S, B): logits (B, V/tp) of the last row on the last stage, None elsewhere."""
+        """One pass over the view's tokens: logits (B, V/tp) of the last row on the last stage, None elsewhere."""
         ctx = ForwardContext(
-            view=decoding_view(tokens, cache.position, sample_ids, before),
+            view=view,
             random=random,
             train=False,
             sequence_parallel=False,
             cache=cache,
+            source=source,
+            encoded=source is not None and view.start > 0,
         )
         number = self._stage.number
         received = {} if self._stage.first else self._transfer.receive_forward(self._stage.edge(number, ctx))

@@ -48,8 +48,9 @@ class ReservedCache:
     ) -> "ReservedCache":
         """Room for the layers that this rank holds."""
         modules = [module for stage in stages for module in stage.modules()]
-        found = [module for module in modules if isinstance(module, Attention)]
-        choosing = [module.index for module in modules if isinstance(module, DepthLayer)]
+        encoder = stages[0].spec.encoder_layers  # which runs once, over whole texts
+        found = [module for module in modules if isinstance(module, Attention) and module.index >= encoder]
+        choosing = [module.index for module in modules if isinstance(module, DepthLayer) and module.index >= encoder]
         heads = {attention.index: (attention.qkv.shape[0], attention.shape.head_dim) for attention in found}
         return cls(
             heads,
@@ -62,8 +63,8 @@ class ReservedCache:
 
     @property
     def position(self) -> int:
-        """Tokens that all layers hold: the sequence index of the next one."""
-        return min(self._filled.values())
+        """Tokens that all layers hold: the sequence index of the next one. 0 where no layer keeps any."""
+        return min(self._filled.values(), default=0)
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Add (S, B, G/tp, D) of the new tokens; returns views of all so far, (past + S, B, G/tp, D).

@@ -71,4 +71,5 @@ class ForwardContext:
     cache: KeyValueCache | None = None
     bias: Tensor | None = None  # (1 or B, heads/tp, S/cp, S') added to the scores of self-attention
     source: SequenceView | None = None  # the encoder's stream
+    encoded: bool = False  # the cache holds what cross-attention looks at already: the encoder need not run
     memory: Tensor | None = None  # its output: (S'/(cp·tp), B, H) under sequence parallelism, else (S'/cp, B, H)

@@ -46,9 +46,14 @@ class GPTSpec:
         """How many of the layers, the first ones, are the encoder's."""
         return sum(layer.stream == "encoder" for layer in self.layers)
 
-    def passed_on(self, start: int) -> tuple[str, ...]:
-        """What a stage that begins with layer `start` is given: a hidden state, the encoder's output, or both."""
+    def passed_on(self, start: int, encoded: bool = False) -> tuple[str, ...]:
+        """What a stage that begins with layer `start` is given: a hidden state, the encoder's output, or both.
+
+        encoded: the encoder does not run any more.
+        """
         encoder, layers = self.encoder_layers, len(self.layers)
+        if encoded:
+            return ("hidden",) if start > encoder else ()
         if encoder == 0 or start < encoder or start == layers:
             return ("hidden",)
         return ("memory",) if start == encoder else ("hidden", "memory")
@@ -125,7 +130,7 @@ class GPTStage(nn.Module):
         """Shape and dtype of every tensor that stage `number` is given in this pass."""
         start = self.parts[number].start
         found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-        for name in self.spec.passed_on(start):
+        for name in self.spec.passed_on(start, ctx.encoded):
             encodes = name == "memory" or start < self.spec.encoder_layers
             view = ctx.source if encodes else ctx.view
             assert view is not None
@@ -142,15 +147,15 @@ class GPTStage(nn.Module):
         reports: list[RoutingReport] = []
         encoder = self.spec.encoder_layers
         part = self.parts[self.number]
-        if part.start < encoder:
+        if part.start < encoder and not ctx.encoded:
             hidden = self._through("encoder", hidden, self._context("encoder", ctx, None), reports)
-        if encoder and encoder - 1 in part:
+        if encoder and encoder - 1 in part and not ctx.encoded:
             hidden, memory = None, self.encoder_norm(hidden)
         if part.stop > encoder or not encoder:
             hidden = self._through("decoder", hidden, self._context("decoder", ctx, memory), reports)
         if not self.last:
             carried = {"hidden": hidden, "memory": memory}
-            names = self.spec.passed_on(part.stop)
+            names = self.spec.passed_on(part.stop, ctx.encoded)
             return StageOutput({name: tensor for name in names if (tensor := carried[name]) is not None}, reports)
         assert hidden is not None
         return StageOutput({"logits": self._logits(hidden, ctx)}, reports)

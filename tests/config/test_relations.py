@@ -13,6 +13,8 @@ CP, EP = "parallel.context_parallel_size", "parallel.expert_model_parallel_size"
 ETP = "parallel.expert_tensor_parallel_size"
 WSD = {"optimizer.lr_decay_style": "WSD", "optimizer.lr_wsd_decay_iters": 60, "optimizer.lr_warmup_iters": 50}
 
+SPANS = {"data.objective": "span_corruption", "model.encoder_num_layers": 2}
+
 # a change that is refused, its message, and the nearest change that passes
 CASES: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
     (
@@ -51,6 +53,36 @@ CASES: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
         {"parallel.sequence_parallel": True},
         "--sequence-parallel has no effect with --tensor-model-parallel-size 1",
         {"parallel.sequence_parallel": True, TP: 2},
+    ),
+    (
+        {"data.objective": "span_corruption"},
+        "--objective span_corruption needs an encoder to read the corrupted text; give --encoder-num-layers.",
+        SPANS,
+    ),
+    (
+        {**SPANS, "data.noise_density": 0.9},
+        "--noise-density 0.9 and --mean-noise-span-length 3 leaves no kept token before each span",
+        {**SPANS, "data.noise_density": 0.4},
+    ),
+    (
+        {**SPANS, "data.seq_length": 512, "data.vocab_extra_ids": 27},
+        "--vocab-extra-ids 27 are fewer than the 28 spans of a sample",
+        {**SPANS, "data.seq_length": 512, "data.vocab_extra_ids": 28},
+    ),
+    (
+        {**SPANS, CP: 2, "data.seq_length": 36},
+        "the length of the targets, which follows from --seq-length, 9 cannot be cut into 2 x --context-parallel-size",
+        {**SPANS, CP: 2, "data.seq_length": 32},
+    ),
+    (
+        {"model.encoder_num_layers": 1, PP: 6},
+        "--encoder-num-layers 1 and --num-layers 4 cannot fill --pipeline-model-parallel-size 6",
+        {"model.encoder_num_layers": 2, PP: 6},
+    ),
+    (
+        {"model.encoder_num_layers": 2, "encoder_moe.num_experts": 4, "encoder_moe.layer_freq": "3"},
+        "--encoder-moe-layer-freq 3 makes none of --encoder-num-layers 2 sparse",
+        {"model.encoder_num_layers": 3, "encoder_moe.num_experts": 4, "encoder_moe.layer_freq": "3"},
     ),
     ({PP: 5}, "--num-layers 4 cannot fill --pipeline-model-parallel-size 5: each stage needs a layer", {PP: 3}),
     (

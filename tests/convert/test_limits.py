@@ -24,6 +24,7 @@ def refusal(family: str, model_type: str, **changes: Any) -> str:
     [
         ("model", "position_embedding_type", "none", "--position-embedding-type none"),
         ("model", "rotary_percent", 0.5, "--rotary-percent 0.5"),
+        ("model", "encoder_num_layers", 2, "--encoder-num-layers 2: the family is a decoder alone"),
         ("model", "normalization", "LayerNorm", "--normalization LayerNorm"),
         ("model", "activation", "geglu", "--activation geglu: the family's experts are SwiGLU; train with --swiglu"),
         ("model", "activation", "gelu", "--activation gelu"),

@@ -35,13 +35,15 @@ def byte_run(**moe: Any) -> RunConfig:
     return RunConfig.from_dict(tables, origin="checkpoint")
 
 
-def save(folder: Path, run: RunConfig, steps: tuple[int, ...] = (3,), **data: str) -> Path:
+def save(
+    folder: Path, run: RunConfig, steps: tuple[int, ...] = (3,), *, size: int = ByteTokenizer.vocab_size, **data: str
+) -> Path:
     """Checkpoints of a model whose first weights depend on the step."""
     writer = CheckpointWriter(folder, STATE.world, keep=None, run_id="tiny", background=False)
     for step in steps:
-        stages = build_stages(gpt_spec(run, ByteTokenizer.vocab_size), STATE)
+        stages = build_stages(gpt_spec(run, size), STATE)
         initialise_stages(stages, STATE, SEED + step, CPU)
-        known = {"vocab_size": ByteTokenizer.vocab_size, "step": step}
+        known = {"vocab_size": size, "step": step}
         writer.save(step, {"model": module_blocks(stages, STATE)}, known, run.to_json(), data)
     writer.finish()
     return folder
