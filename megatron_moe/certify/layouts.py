@@ -37,6 +37,7 @@ LAYOUTS: dict[str, Layout] = {
     "recomputation of larger parts": Layout(
         1, {"recompute_granularity": "selective", "recompute_modules": ["mlp", "moe"]}
     ),
+    "logits of 3 tokens at a time": Layout(1, {"cross_entropy_chunk_size": 3}),
     "TP 2 with sequence parallelism": Layout(2, {TP: 2}),
     "TP 2": Layout(2, {TP: 2, "sequence_parallel": False}, 2),
     "CP 2": Layout(2, {CP: 2}),
@@ -50,6 +51,9 @@ LAYOUTS: dict[str, Layout] = {
     "EP 2 folded over TP 2": Layout(2, {TP: 2, EP: 2, ETP: 1}),
     "EP 4": Layout(4, {EP: 4}),
     "PP 4": Layout(4, {PP: 4}),
+    "TP 2 x PP 2, logits of 4 tokens at a time, split backward": Layout(
+        4, {TP: 2, PP: 2, "cross_entropy_chunk_size": 4, "pipeline_schedule": "1f1b_split"}, 2
+    ),
     "TP 2 x CP 2": Layout(4, {TP: 2, CP: 2}, 2),
     "EP 2 x ETP 2": Layout(4, {EP: 2, ETP: 2}),
     "TP 2 x PP 2 x EP 2": Layout(8, {TP: 2, PP: 2, EP: 2, ETP: 1}),

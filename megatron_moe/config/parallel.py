@@ -51,6 +51,12 @@ class ParallelConfig:
         "of selective: core_attn, layernorm, mlp (dense), moe (whole sparse layer), moe_act (activation of experts); "
         "none given = core_attn",
     )
+    cross_entropy_chunk_size: int | None = option(
+        None,
+        "tokens of a micro-batch whose logits are in memory at once in training; their products are computed again in "
+        "the backward pass; none = all, kept",
+        at_least=1,
+    )
     use_distributed_optimizer: bool = option(True, "split the optimizer state over the data-parallel ranks (ZeRO-1)")
     ddp_bucket_size: int = option(40_000_000, "gradients are reduced in buckets of about so many elements", at_least=1)
     distributed_backend: str = option("auto", "auto = nccl on GPUs, gloo on CPUs", choices=("auto", "nccl", "gloo"))

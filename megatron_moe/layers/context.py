@@ -69,6 +69,7 @@ class ForwardContext:
     sequence_parallel: bool  # a choice of this pass: decoding one token turns it off
     weight_gradients: WeightGradients | None = None
     cache: KeyValueCache | None = None
+    with_logits: bool = True  # False: the last stage stops before the product with the vocabulary
     bias: Tensor | None = None  # (1 or B, heads/tp, S/cp, S') added to the scores of self-attention
     source: SequenceView | None = None  # the encoder's stream
     encoded: bool = False  # the cache holds what cross-attention looks at already: the encoder need not run

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from megatron_moe.layers.context import ForwardContext
-from megatron_moe.layers.linear import enter_parallel, leave_parallel, linear
+from megatron_moe.layers.linear import leave_parallel, linear
 from megatron_moe.layers.weight_gradients import WeightGradients
 from megatron_moe.parallel.layout import Init, ParamLayout, new_parameter
 from megatron_moe.parallel.state import Axis
@@ -75,7 +75,6 @@ class VocabularyHead(nn.Module):
         self.weight = vocabulary_weight(size, hidden_size, tp, std=std, tied=False, dtype=dtype)
 
 
-def project_to_vocabulary(hidden: Tensor, weight: Tensor, tp: Axis, ctx: ForwardContext) -> Tensor:
-    """(S/(cp·tp) or S/cp, B, H) -> (S/cp, B, V/tp) with a weight (V/tp, H), tied or not."""
-    whole = enter_parallel(hidden, tp, ctx.view.num_rows, ctx.sequence_parallel)
-    return linear(whole, weight, weight.shape[0], ctx.weight_gradients)
+def project_to_vocabulary(hidden: Tensor, weight: Tensor, ctx: ForwardContext) -> Tensor:
+    """(..., H), whole on each rank of tp -> logits (..., V/tp) with a weight (V/tp, H), tied or not."""
+    return linear(hidden, weight, weight.shape[0], ctx.weight_gradients)

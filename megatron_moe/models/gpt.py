@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from megatron_moe.layers.context import ForwardContext, SequenceView
 from megatron_moe.layers.embedding import VocabularyEmbedding, VocabularyHead, project_to_vocabulary
+from megatron_moe.layers.linear import enter_parallel
 from megatron_moe.layers.norm import Norm
 from megatron_moe.layers.recompute import Recomputation, run_again
 from megatron_moe.layers.relative_bias import RelativeBias
@@ -63,7 +64,7 @@ class GPTSpec:
 class StageOutput:
     """What a stage passes on, and what its MoE layers report."""
 
-    tensors: dict[str, Tensor]  # "hidden", "memory"; or "logits" (S/cp, B, V/tp) from the last stage
+    tensors: dict[str, Tensor]  # "hidden", "memory"; from the last stage "logits" (S/cp, B, V/tp), or "normed" before
     reports: list[RoutingReport]
 
 
@@ -158,7 +159,10 @@ class GPTStage(nn.Module):
             names = self.spec.passed_on(part.stop, ctx.encoded)
             return StageOutput({name: tensor for name in names if (tensor := carried[name]) is not None}, reports)
         assert hidden is not None
-        return StageOutput({"logits": self._logits(hidden, ctx)}, reports)
+        normed = self._before_head(hidden, ctx)
+        if not ctx.with_logits:
+            return StageOutput({"normed": normed}, reports)
+        return StageOutput({"logits": self.logits(normed, ctx)}, reports)
 
     def _context(self, stream: str, ctx: ForwardContext, memory: Tensor | None) -> ForwardContext:
         """What the layers of a stream are told."""
@@ -189,13 +193,18 @@ class GPTStage(nn.Module):
                 reports.append(report)
         return hidden, reports
 
-    def _logits(self, hidden: Tensor, ctx: ForwardContext) -> Tensor:
-        weight = self.embedding.weight if self.spec.tied else self.output.weight
+    def _before_head(self, hidden: Tensor, ctx: ForwardContext) -> Tensor:
+        """(S/cp, B, H): what is multiplied with the vocabulary, whole on each rank of tp."""
         hidden = self.final_norm(hidden)
         if self.spec.tied and self.spec.encoder_layers:
             # an embedding of unit deviation makes large logits  [T5, arXiv:1910.10683]
             hidden = hidden * self.spec.hidden_size**-0.5
-        return project_to_vocabulary(hidden, weight, self.tp, ctx)
+        return enter_parallel(hidden, self.tp, ctx.view.num_rows, ctx.sequence_parallel)
+
+    def logits(self, normed: Tensor, ctx: ForwardContext) -> Tensor:
+        """(R, B, V/tp) of some rows of what stands before the head, on the last stage."""
+        weight = self.embedding.weight if self.spec.tied else self.output.weight
+        return project_to_vocabulary(normed, weight, ctx)
 
     def moe_layers(self) -> dict[int, SparseLayer]:
         """The sparse layers of this stage by global index."""

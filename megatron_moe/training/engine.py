@@ -136,6 +136,7 @@ class Engine:
             train=train,
             objective=objective,
             aux_share=self._aux_share,
+            chunk=self.config.parallel.cross_entropy_chunk_size,
         )
         return program, counts
 

@@ -4,14 +4,16 @@ With stochastic experts (THOR, arXiv:2110.04260, section 3) each sample is seen 
 predictions are held together: CE(p1) + CE(p2) + alpha · symmetric KL(p1, p2), all per target token.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
 from megatron_moe.config.moe import MoEConfig
 from megatron_moe.layers.consistency import symmetric_divergence
-from megatron_moe.layers.context import ForwardContext
 from megatron_moe.layers.loss import vocabulary_cross_entropy
+from megatron_moe.layers.recompute import run_again
 from megatron_moe.moe.plan import AuxLoss
 from megatron_moe.parallel.state import Axis
 
@@ -68,21 +70,50 @@ class TokenLosses:
     cross_entropy: Tensor  # mean over the passes
     consistency: Tensor | None  # None after a single pass
 
+    def plus(self, other: "TokenLosses") -> "TokenLosses":
+        """Those of both."""
+        consistency = self.consistency
+        if consistency is not None and other.consistency is not None:
+            consistency = consistency + other.consistency
+        return TokenLosses(self.cross_entropy + other.cross_entropy, consistency)
+
     def objective(self, rule: Objective) -> Tensor:
         """What is differentiated, still to be divided by the global batch's target tokens."""
         total = self.cross_entropy * (rule.cross_entropy_weight * rule.num_passes)
         return total if self.consistency is None else total + rule.consistency_weight * self.consistency
 
 
-def token_losses(
-    logits: Tensor, labels: Tensor, loss_mask: Tensor, vocab_size: int, tp: Axis, ctx: ForwardContext
-) -> TokenLosses:
-    """logits: (S/cp, passes · B, V/tp).   labels, loss_mask: (B, S), whole."""
-    rows, passes = ctx.view.rows, ctx.view.num_passes
-    losses = vocabulary_cross_entropy(logits, labels.t()[rows].repeat(1, passes), vocab_size, tp)
-    mask = loss_mask.t()[rows].to(losses.dtype)
+@dataclass(frozen=True)
+class Targets:
+    """What the rows of this context-parallel rank should have said, (R, B) each."""
+
+    labels: Tensor  # int64
+    mask: Tensor  # float32
+
+    def rows(self, start: int, stop: int) -> "Targets":
+        return Targets(self.labels[start:stop], self.mask[start:stop])
+
+
+def token_losses(logits: Tensor, targets: Targets, vocab_size: int, tp: Axis, passes: int) -> TokenLosses:
+    """logits: (R, passes · B, V/tp)."""
+    losses = vocabulary_cross_entropy(logits, targets.labels.repeat(1, passes), vocab_size, tp)
+    mask = targets.mask.to(losses.dtype)
     cross_entropy = (losses * mask.repeat(1, passes)).sum() / passes
     if passes == 1:
         return TokenLosses(cross_entropy, None)
     first, second = logits.chunk(2, dim=1)
     return TokenLosses(cross_entropy, (symmetric_divergence(first, second, vocab_size, tp) * mask).sum())
+
+
+def chunked_losses(
+    normed: Tensor, rows: int, losses_of: Callable[[Tensor, int, int], TokenLosses], *, train: bool
+) -> TokenLosses:
+    """The sum of losses_of(normed[start:stop], start, stop) over chunks of so many rows, of which nothing is kept."""
+    found: TokenLosses | None = None
+    for start in range(0, len(normed), rows):
+        chunk = normed[start : start + rows]
+        call = partial(run_again, losses_of) if train else losses_of
+        new = call(chunk, start, start + len(chunk))
+        found = new if found is None else found.plus(new)
+    assert found is not None
+    return found

@@ -115,10 +115,14 @@ def _resolved(run: RunConfig) -> dict[str, Any]:
         "model.qk_layernorm": model.qk_layernorm,
         "model.untie_embeddings_and_output_weights": model.untie_embeddings_and_output_weights,
         "data.seq_length": data.seq_length,
+        "data.objective": data.objective,
         "data.split": data.split_fractions,
         "data.data_path": data.weights,
         "training.seed": run.training.seed,
     }
+    if data.objective == "span_corruption":
+        names = ("noise_density", "mean_noise_span_length", "vocab_extra_ids")
+        values |= {f"data.{name}": getattr(data, name) for name in names}
     for section, (moe, layers) in zip(("moe", "encoder_moe"), reversed(run.stacks), strict=False):
         values |= {f"{section}.{name}": value for name, value in _stack(moe, layers, model).items()}
     return values

@@ -16,7 +16,15 @@ from megatron_moe.parallel.random import KeyedRandom
 from megatron_moe.parallel.state import ParallelState
 from megatron_moe.pipeline.executor import Played
 from megatron_moe.pipeline.transfer import Edge
-from megatron_moe.training.objective import GlobalCounts, Objective, StreamCounts, TokenLosses, token_losses
+from megatron_moe.training.objective import (
+    GlobalCounts,
+    Objective,
+    StreamCounts,
+    Targets,
+    TokenLosses,
+    chunked_losses,
+    token_losses,
+)
 
 
 def view_of(
@@ -110,8 +118,11 @@ class StepProgram:
         train: bool,
         objective: Objective,
         aux_share: float = 1.0,
+        chunk: int | None = None,
     ) -> None:
-        """random: at (seed, step).   aux_share: what each layer's auxiliary losses are multiplied by."""
+        """random: at (seed, step).   aux_share: what each layer's auxiliary losses are multiplied by.   chunk: tokens
+        whose logits are in memory at once; None: all."""
+        self._chunk = chunk
         self._stages = dict(enumerate(stages, start=state.pp.rank))
         self._batches = batches
         self._views = [self._views_of(batch, state, objective.num_passes, device) for batch in batches]
@@ -142,6 +153,7 @@ class StepProgram:
             train=self._train,
             sequence_parallel=any_stage.spec.sequence_parallel,
             weight_gradients=sink,
+            with_logits=self._chunk is None,
         )
 
     def forward(self, stage: int, microbatch: int, inputs: dict[str, Tensor], *, split: bool) -> Played:
@@ -159,18 +171,26 @@ class StepProgram:
             weighed = [loss for loss in report.aux_losses.values() if isinstance(loss.weight, Tensor) or loss.weight]
             losses += [loss.share * (self._counts.aux_scale(loss, report.layer) * self._aux_share) for loss in weighed]
         if stage.last:
-            stream = self._batches[microbatch].decoder
-            found = token_losses(
-                output.tensors["logits"],
-                stream.labels.to(self._device),
-                stream.loss_mask.to(self._device),
-                stage.spec.vocab_size,
-                self._state.tp,
-                ctx,
-            )
+            found = self._token_losses(stage, self._targets(microbatch, ctx), output, ctx)
             self.findings.add_losses(found)
             losses.append(found.objective(self._objective) / max(1.0, self._counts.loss_tokens))
         return losses
+
+    def _targets(self, microbatch: int, ctx: ForwardContext) -> Targets:
+        stream = self._batches[microbatch].decoder
+        labels, mask = (tensor.to(self._device).t()[ctx.view.rows] for tensor in (stream.labels, stream.loss_mask))
+        return Targets(labels, mask)
+
+    def _token_losses(self, stage: GPTStage, targets: Targets, output: StageOutput, ctx: ForwardContext) -> TokenLosses:
+        passes, tp, vocabulary = ctx.view.num_passes, self._state.tp, stage.spec.vocab_size
+
+        def of_rows(normed: Tensor, start: int, stop: int) -> TokenLosses:
+            return token_losses(stage.logits(normed, ctx), targets.rows(start, stop), vocabulary, tp, passes)
+
+        if self._chunk is None:
+            return token_losses(output.tensors["logits"], targets, vocabulary, tp, passes)
+        rows = max(1, self._chunk // ctx.view.num_samples)
+        return chunked_losses(output.tensors["normed"], rows, of_rows, train=self._train)
 
 
 def _nothing() -> None:

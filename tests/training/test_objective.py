@@ -1,17 +1,22 @@
 """What is minimised: worked numbers of the two passes, what masked tokens may say, and what losses are divided by."""
 
-from dataclasses import replace
-
 import pytest
 import torch
-from layers.contexts import context
 from torch import Tensor
 
 from megatron_moe.config.moe import MoEConfig
 from megatron_moe.layers.loss import vocabulary_cross_entropy
 from megatron_moe.moe.plan import AuxLoss
 from megatron_moe.parallel.state import ParallelState
-from megatron_moe.training.objective import GlobalCounts, Objective, StreamCounts, TokenLosses, token_losses
+from megatron_moe.training.objective import (
+    GlobalCounts,
+    Objective,
+    StreamCounts,
+    Targets,
+    TokenLosses,
+    chunked_losses,
+    token_losses,
+)
 
 ALONE = ParallelState.alone()
 VOCAB, LENGTH, SAMPLES = 5, 3, 2
@@ -28,9 +33,7 @@ def test_two_passes_add_up_with_the_divergence_by_its_weight(reduction: str, wan
 
 def asked(logits: Tensor, mask: Tensor) -> TokenLosses:
     """logits: (S, 2 B, V), of one pass after the other."""
-    ctx = context(LENGTH, SAMPLES, ALONE)
-    ctx = replace(ctx, view=replace(ctx.view, num_passes=2))
-    return token_losses(logits, LABELS, mask, VOCAB, ALONE.tp, ctx)
+    return token_losses(logits, Targets(LABELS.t(), mask.t()), VOCAB, ALONE.tp, 2)
 
 
 def test_both_passes_are_measured_at_the_tokens_that_count() -> None:
@@ -46,9 +49,35 @@ def test_both_passes_are_measured_at_the_tokens_that_count() -> None:
     assert found.cross_entropy.item() == pytest.approx(cross_entropy)
     assert found.consistency is not None and found.consistency.item() == pytest.approx(divergence)
     # a single pass has nothing to be held to
-    once = token_losses(logits[:, :SAMPLES], LABELS, mask, VOCAB, ALONE.tp, context(LENGTH, SAMPLES, ALONE))
+    once = token_losses(logits[:, :SAMPLES], Targets(LABELS.t(), mask.t()), VOCAB, ALONE.tp, 1)
     alone = vocabulary_cross_entropy(logits[:, :SAMPLES], LABELS.t(), VOCAB, ALONE.tp) * mask.t()
     assert once.consistency is None and once.cross_entropy.item() == pytest.approx(alone.sum().item())
+
+
+@pytest.mark.parametrize(("rows", "passes"), [(1, 1), (3, 1), (2, 2), (99, 2)])
+def test_chunks_of_rows_add_up_and_keep_nothing(rows: int, passes: int) -> None:
+    generator = torch.Generator().manual_seed(4)
+    hidden = torch.randn(LENGTH, passes * SAMPLES, 5, generator=generator, dtype=torch.float64).requires_grad_()
+    weight = torch.randn(VOCAB, 5, generator=generator, dtype=torch.float64).requires_grad_()
+    targets = Targets(LABELS.t(), torch.ones(LENGTH, SAMPLES))
+    calls = []
+
+    def of_rows(normed: Tensor, start: int, stop: int) -> TokenLosses:
+        calls.append(stop - start)
+        return token_losses(normed @ weight.t(), targets.rows(start, stop), VOCAB, ALONE.tp, passes)
+
+    rule = Objective(passes, 1.0, 0.5)
+    whole = token_losses(hidden @ weight.t(), targets, VOCAB, ALONE.tp, passes).objective(rule)
+    found = chunked_losses(hidden, rows, of_rows, train=True).objective(rule)
+    wanted, gradients = (torch.autograd.grad(loss, (hidden, weight)) for loss in (whole, found))
+    torch.testing.assert_close(found, whole)
+    for mine, theirs in zip(gradients, wanted, strict=True):
+        torch.testing.assert_close(mine, theirs)
+    # each chunk is computed again in the backward pass, and not larger than was allowed
+    assert max(calls) <= rows and sum(calls) == 2 * LENGTH
+    calls.clear()
+    chunked_losses(hidden.detach(), rows, of_rows, train=False)
+    assert sum(calls) == LENGTH
 
 
 def test_a_share_is_divided_by_what_it_is_a_sum_over() -> None:

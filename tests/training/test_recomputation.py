@@ -53,6 +53,8 @@ def test_each_part_keeps_less_and_whole_layers_keep_least() -> None:
     pairs = kept_bytes({"recompute_granularity": "full", "recompute_num_layers": 2})
     first = kept_bytes({"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 1})
     assert pairs < layers < together < everything
+    # logits, and their probabilities, of 61 ids padded to 64
+    assert kept_bytes({"cross_entropy_chunk_size": 4}) < everything - tokens * 64 * 8
     assert layers < first < everything
 
 
