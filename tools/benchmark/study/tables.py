@@ -157,7 +157,22 @@ def claims(arms: Mapping[str, BySeed]) -> str:
         ("Avg-K beats the learned gate at the smallest blocks", *_smallest_blocks(arms), "loss"),
         ("the same on prose", *_smallest_blocks(arms), "unlike"),
     ]
-    return "\n".join(claim(text, versus(mine, other, name), smallest) for text, mine, other, name in said) + "\n"
+    lines = [claim(text, versus(mine, other, name), smallest) for text, mine, other, name in said]
+    for experts in (8, 16, 32, 64):
+        found = versus(f"E={experts} k=4", f"E={experts} k=1")
+        lines.append(claim(f"SAM, E={experts}: 4 experts activated beat 1", found, smallest))
+    sparser = _difference_of_gains(arms, "E=64", "E=8")
+    lines.append(claim("SAM: 4 experts activated gain more over 1 at E=64 than at E=8", sparser, smallest))
+    return "\n".join(lines) + "\n"
+
+
+def _difference_of_gains(arms: Mapping[str, BySeed], first: str, second: str) -> Difference | None:
+    """What k=4 changes over k=1 with `first` experts, less the same with `second`, seed by seed."""
+    gains = []
+    for experts in (first, second):
+        many, one = (values(arms.get(f"{experts} k={k}", {}), "loss") for k in (4, 1))
+        gains.append({seed: many[seed] - one[seed] for seed in many if seed in one})
+    return paired(*gains)
 
 
 def _smallest_blocks(arms: Mapping[str, BySeed]) -> tuple[str, str]:
