@@ -84,10 +84,18 @@ def _by_products(case: Case, *, heads: int, knn: int, weigh: Callable[[list[floa
             left = [float(key @ first) for key in sub_keys[head, 0]]
             right = [float(key @ second) for key in sub_keys[head, 1]]
             sums = [left[cell // number] + right[cell % number] for cell in range(number * number)]
-            chosen = best(sums, knn)
+            chosen = _best_pairs(left, right, knn)
             for cell, weight in zip(chosen, weigh([sums[cell] for cell in chosen]), strict=True):
                 out[t] += weight * values[cell]
     return out
+
+
+def _best_pairs(left: list[float], right: list[float], count: int) -> list[int]:
+    """The largest sums; of equals those with the better first half, then the lowest."""
+    number = len(left)
+    pairs = [(i, j) for i in range(number) for j in range(number)]
+    pairs.sort(key=lambda pair: (-(left[pair[0]] + right[pair[1]]), -left[pair[0]], pair))
+    return [i * number + j for i, j in pairs[:count]]
 
 
 def _queries(case: Case, heads: int) -> np.ndarray:

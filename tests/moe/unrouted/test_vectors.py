@@ -1,6 +1,7 @@
 """Every layer that assigns nothing against an oracle of loops: stored vectors, and random shapes and padding."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -54,3 +55,16 @@ def test_random_questions_get_the_oracles_answer(
     wanted = LAYER_ORACLES[LAYER_CASES[name]["router_type"]](case)
     found = ask_layer(case, info_of(LAYER_CASES[name], shape))
     np.testing.assert_allclose(found, wanted, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["vanilla_memory", "vanilla_memory-seven", "product_keys-plain", "controller-still"])
+@pytest.mark.parametrize("seed", range(12))
+def test_equal_scores_are_told_apart_as_the_layer_says(name: str, seed: int) -> None:
+    shape = Shape(5, 2, 3, 4, seed % 2 == 0, seed)
+    case = make_case(name, LAYER_CASES[name], shape)
+    # whole numbers: sums are exact, and many are equal
+    whole = {key: np.round(value) for key, value in case.parameters.items()}
+    case = replace(case, tokens=np.round(case.tokens), parameters=whole)
+    wanted = LAYER_ORACLES[LAYER_CASES[name]["router_type"]](case)
+    found = ask_layer(case, info_of(LAYER_CASES[name], shape))
+    np.testing.assert_allclose(found, wanted, rtol=1e-12, atol=1e-12)
