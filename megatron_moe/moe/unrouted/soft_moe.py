@@ -4,7 +4,8 @@ Source: Puigcerver et al., arXiv:2308.00951, section 2; tokens and slot paramete
 scale as in public code (google-research/vmoe, projects/soft_moe/router.py): L = norm(x) · (scale · norm(Phi)),
 dispatch weights softmax(L) over tokens, combine weights softmax(L) over slots. This project's reading: the tokens are
 those of a routing group without padding (--moe-routing-group-samples, one sample by default); a norm below 1e-6 counts
-as that (there 1e-6 is added to the square, which tells only on tokens near zero); the number of slots is an option, because parameters belong to them: about tokens / experts is the paper's choice.
+as that (there 1e-6 is added to the square, which tells only on tokens near zero); the number of slots is an option,
+because parameters belong to them: about tokens / experts is the paper's choice.
 
 Guaranteed: every expert has the same load, nothing is dropped, no loss is needed. Not causal: a slot is a mean of all
 tokens of its group; for encoders. The slots are shared out over the ranks that share a group, then travel to their
