@@ -196,7 +196,7 @@ def check_few(layer: UnroutedLayer, *, train: bool) -> None:
 
 
 def check_equal(layer: UnroutedLayer, *, train: bool) -> None:
-    """Tokens that are all the same, or all zero: finite answers and gradients, the same for all where nothing draws."""
+    """All tokens the same, or all zero: finite answers and gradients; if nothing is drawn, a group's are the same."""
     info = info_for(layer, padding=(), train=train)
     for row in (draw(1), torch.zeros(1, HIDDEN, dtype=torch.float64)):
         layer.zero_grad()
@@ -206,7 +206,9 @@ def check_equal(layer: UnroutedLayer, *, train: bool) -> None:
         gradients = [leaf.grad for leaf in (tokens, *layer.parameters()) if leaf.grad is not None]
         assert all(found.isfinite().all() for found in (mixed.answers, *gradients))
         if not (train and layer.is_random):
-            torch.testing.assert_close(mixed.answers, mixed.answers[:1].expand_as(mixed.answers))
+            # the first row of each sample's group
+            first = info.sequence_groups[info.sequences] * layer.config.routing_group_samples
+            torch.testing.assert_close(mixed.answers, mixed.answers[first])
 
 
 def check_nan(layer: UnroutedLayer, *, train: bool) -> None:

@@ -90,6 +90,9 @@ MEGATRON_FLAGS = {
     "--lr-warmup-fraction": "give the steps with --lr-warmup-iters",
     "--attention-dropout": "there is no dropout; leave it out",
     "--hidden-dropout": "there is no dropout; leave it out",
+    "--encoder-seq-length": "give --seq-length, which is the encoder's where there is one",
+    "--decoder-seq-length": "it follows from --seq-length and the noise, so that nothing is padded; leave it out",
+    "--mask-prob": "give the share of noise with --noise-density",
     "--save-retain-interval": "give the number of checkpoints to keep with --keep",
     "--yaml-cfg": "write a recipe in TOML and give it with --config",
 }

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
+from megatron_moe.config.data import DataConfig
 from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.moe import MoEConfig
 from megatron_moe.config.parallel import RECOMPUTE_MODULES
@@ -45,6 +47,12 @@ def _vocabulary(run: Sections) -> None:
         raise ConfigError(
             "--tokenizer-type NullTokenizer knows no vocabulary; give --vocab-size, or the tokenizer of the corpus "
             "with --tokenizer-type and --tokenizer-model."
+        )
+    extra = run.data.vocab_extra_ids if run.data.objective == "span_corruption" else 0
+    if run.model.vocab_size is not None and run.model.vocab_size <= extra:
+        raise ConfigError(
+            f"--vocab-size {run.model.vocab_size} leaves no id to the text beside the sentinels of span corruption, "
+            f"--vocab-extra-ids {extra}; give the ids of the text and the sentinels together."
         )
 
 
@@ -90,13 +98,15 @@ def _objective(run: Sections) -> None:
         )
     shares = (data.noise_density, data.mean_noise_span_length)
     length = raw_length(data.seq_length, *shares)
+    spans = round(round(length * data.noise_density) / data.mean_noise_span_length)
     if not fits(length, *shares):
+        found, way_out = ("leaves no kept token before each span", "lengthen the spans, or cut out less")
+        if not spans:
+            found, way_out = ("makes no span", "shorten the spans, or cut out more")
         raise ConfigError(
             f"--seq-length {data.seq_length} with --noise-density {data.noise_density:g} and --mean-noise-span-length "
-            f"{data.mean_noise_span_length:g} leaves no kept token before each span; lengthen the sequence or the "
-            f"spans, or cut out less."
+            f"{data.mean_noise_span_length:g} {found}; lengthen the sequence, {way_out}."
         )
-    spans = round(round(length * data.noise_density) / data.mean_noise_span_length)
     if spans > data.vocab_extra_ids:
         raise ConfigError(
             f"--vocab-extra-ids {data.vocab_extra_ids} are fewer than the {spans} spans of a sample; raise it to that, "
@@ -107,7 +117,20 @@ def _objective(run: Sections) -> None:
 def _sequence(run: Sections) -> None:
     _length(run, "--seq-length", run.data.seq_length)
     if run.data.objective == "span_corruption":
+        _targets(run.data, 2 * run.parallel.context_parallel_size)
         _length(run, "the length of the targets, which follows from --seq-length,", run.data.decoder_length)
+
+
+def _targets(data: DataConfig, pieces: int) -> None:
+    """The targets' length follows from --seq-length, so the way out is another one of those."""
+    if pieces == 2 or data.decoder_length % pieces == 0:
+        return
+    longer = (replace(data, seq_length=data.seq_length + pieces * step) for step in range(1, 200))
+    found = next((f"--seq-length {other.seq_length}" for other in longer if other.decoder_length % pieces == 0), None)
+    raise ConfigError(
+        f"--seq-length {data.seq_length} makes targets of {data.decoder_length} tokens, which cannot be cut into "
+        f"2 x --context-parallel-size {pieces // 2} equal pieces; use {found or 'another --noise-density'}."
+    )
 
 
 def _length(run: Sections, flag: str, length: int) -> None:

@@ -44,7 +44,7 @@ def vocabulary_size(config: RunConfig, tokenizer: Tokenizer) -> int:
     """
     needed = tokenizer.vocab_size
     if config.data.objective == "span_corruption":
-        needed += config.data.vocab_extra_ids
+        needed = text_vocabulary(config, tokenizer) + config.data.vocab_extra_ids
     given = config.model.vocab_size
     if given is not None and given < needed:
         sentinels = "" if needed == tokenizer.vocab_size else " and --vocab-extra-ids together"
@@ -53,6 +53,20 @@ def vocabulary_size(config: RunConfig, tokenizer: Tokenizer) -> int:
             "leave it out, or raise it to at least that."
         )
     return given or needed
+
+
+def text_vocabulary(config: RunConfig, tokenizer: Tokenizer) -> int:
+    """Ids of the text, after which the sentinels come: new ones, or those of the tokenizer (T5's tokenizer.json).
+
+    Raises ConfigError if it has another number of them.
+    """
+    own, wanted = tokenizer.num_sentinels, config.data.vocab_extra_ids
+    if own not in (0, wanted):
+        raise ConfigError(
+            f"--vocab-extra-ids {wanted}, but the tokenizer has {own} sentinels already, <extra_id_0> to "
+            f"<extra_id_{own - 1}>; give --vocab-extra-ids {own}."
+        )
+    return tokenizer.text_size
 
 
 def sample_options(config: RunConfig, tokenizer: Tokenizer) -> SampleOptions:
@@ -88,7 +102,7 @@ def _span_options(config: RunConfig, tokenizer: Tokenizer) -> SpanOptions:
         )
     return SpanOptions(
         seq_length=data.seq_length,
-        vocab_size=tokenizer.vocab_size,
+        vocab_size=text_vocabulary(config, tokenizer),
         raw_length=raw_length(data.seq_length, data.noise_density, data.mean_noise_span_length),
         noise_density=data.noise_density,
         mean_span=data.mean_noise_span_length,

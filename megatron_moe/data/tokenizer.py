@@ -24,9 +24,15 @@ class Tokenizer(ABC):
     """Text to ids and back. `encode` adds no special tokens; the caller appends `eod_id` where a document ends."""
 
     vocab_size: int  # every id is below it
+    num_sentinels: int = 0  # of its last ids, <extra_id_0> the very last: they stand for spans that are cut out (T5)
     eod_id: int | None = None
     bos_id: int | None = None
     pad_id: int | None = None
+
+    @property
+    def text_size(self) -> int:
+        """Ids of text: all but its own sentinels."""
+        return self.vocab_size - self.num_sentinels
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
@@ -91,6 +97,8 @@ class HuggingFaceTokenizer(Tokenizer):
         self.eod_id = self._find(*special.get("eos_token", USUAL_END_TOKENS))
         self.bos_id = self._find(*special.get("bos_token", ()))
         self.pad_id = self._find(*special.get("pad_token", ()))
+        while self._find(f"<extra_id_{self.num_sentinels}>") == self.vocab_size - 1 - self.num_sentinels:
+            self.num_sentinels += 1
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text; special tokens spelt out in it are recognised, as the library does."""
@@ -221,7 +229,9 @@ FLAGS = {
 
 
 def build_tokenizer(config: DataConfig, vocab_size: int | None) -> Tokenizer:
-    """The tokenizer of a run; `vocab_size` is the model's (only NullTokenizer needs it)."""
+    """The tokenizer of a run; `vocab_size` is the model's (only NullTokenizer needs it), sentinels included."""
+    if vocab_size is not None and config.objective == "span_corruption":
+        vocab_size -= config.vocab_extra_ids
     files = TokenizerFiles(
         config.tokenizer_type, config.tokenizer_model, config.vocab_file, config.merge_file, vocab_size
     )

@@ -12,7 +12,7 @@ _WORD = re.compile(r"<extra_id_(\d+)>")
 
 @dataclass(frozen=True)
 class Sentinels:
-    """The ids after a tokenizer's own: the first sentinel has the highest."""
+    """The ids after those of a tokenizer's text: the first sentinel has the highest."""
 
     tokenizer: Tokenizer
     count: int
@@ -30,10 +30,10 @@ class Sentinels:
         """The text of ids, sentinels spelt out."""
         text, run = "", []
         for token in ids:
-            if token < self.tokenizer.vocab_size:
+            if token < self.tokenizer.text_size:
                 run.append(token)
                 continue
-            text += self.tokenizer.decode(run) + f"<extra_id_{self.tokenizer.vocab_size + self.count - 1 - token}>"
+            text += self.tokenizer.decode(run) + f"<extra_id_{self.tokenizer.text_size + self.count - 1 - token}>"
             run = []
         return text + self.tokenizer.decode(run)
 
@@ -43,4 +43,4 @@ class Sentinels:
                 f"<extra_id_{number}> is none of this model's {self.count} sentinels (--vocab-extra-ids); "
                 f"use <extra_id_0> to <extra_id_{self.count - 1}>."
             )
-        return self.tokenizer.vocab_size + self.count - 1 - number
+        return self.tokenizer.text_size + self.count - 1 - number

@@ -65,14 +65,25 @@ CASES: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
         {**SPANS, "data.noise_density": 0.4},
     ),
     (
+        {**SPANS, "data.mean_noise_span_length": 13.0},
+        "--mean-noise-span-length 13 makes no span; lengthen the sequence, shorten the spans, or cut out more.",
+        {**SPANS, "data.mean_noise_span_length": 9.0},
+    ),
+    (
+        {**SPANS, "model.vocab_size": 100},
+        "--vocab-size 100 leaves no id to the text beside the sentinels of span corruption, --vocab-extra-ids 100",
+        {**SPANS, "model.vocab_size": 101},
+    ),
+    (
         {**SPANS, "data.seq_length": 512, "data.vocab_extra_ids": 27},
         "--vocab-extra-ids 27 are fewer than the 28 spans of a sample",
         {**SPANS, "data.seq_length": 512, "data.vocab_extra_ids": 28},
     ),
     (
         {**SPANS, CP: 2, "data.seq_length": 36},
-        "the length of the targets, which follows from --seq-length, 9 cannot be cut into 2 x --context-parallel-size",
-        {**SPANS, CP: 2, "data.seq_length": 32},
+        "--seq-length 36 makes targets of 9 tokens, which cannot be cut into 2 x --context-parallel-size 2 equal "
+        "pieces; use --seq-length 48.",
+        {**SPANS, CP: 2, "data.seq_length": 48},
     ),
     (
         {"model.encoder_num_layers": 1, PP: 6},

@@ -27,6 +27,7 @@ def saved(**changes: dict[str, Any]) -> CheckpointReader:
     [
         ({"training": {"seed": 5}}, ["--seed was 1234 and is 5"]),
         ({"data": {"seq_length": 16}}, ["--seq-length was 8 and is 16"]),
+        ({"data": {"objective": "prefix_lm"}}, ['--objective was "causal" and is "prefix_lm"']),
         ({"data": {"split": "50,50,0"}}, ["--split was [0.9, 0.1, 0.0] and is [0.5, 0.5, 0.0]"]),
         ({"data": {"data_path": ["1", "a", "3", "b"]}}, ["--data-path was none and is [1.0, 3.0]"]),
         ({"model": {"activation": "geglu"}}, ['--activation was "swiglu" and is "geglu"']),
@@ -85,6 +86,22 @@ def test_the_experts_of_an_encoder_are_compared_as_well() -> None:
     check_same_run(before, job(CORPUS, **encoder(aux_loss_coeff=0.1)))
     with pytest.raises(ConfigError, match="--encoder-moe-router-topk was 2 and is 1"):
         check_same_run(before, job(CORPUS, **encoder(router_topk=1)))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("noise_density", 0.3), ("mean_noise_span_length", 2.0), ("vocab_extra_ids", 20)]
+)
+def test_a_run_goes_on_with_the_same_noise(name: str, value: float) -> None:
+    def spans(**data: Any) -> dict[str, Any]:
+        return {
+            "model": {"encoder_num_layers": 2, "vocab_size": 161},
+            "data": {"objective": "span_corruption", "seq_length": 24, **data},
+        }
+
+    before = saved(**spans())
+    check_same_run(before, job(CORPUS, **spans()))
+    with pytest.raises(ConfigError, match=f"--{name.replace('_', '-')} was .* and is {value}"):
+        check_same_run(before, job(CORPUS, **spans(**{name: value})))
 
 
 def test_another_tokenizer_is_refused_and_one_that_was_not_noted_is_not() -> None:

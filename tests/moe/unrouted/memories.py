@@ -1,22 +1,12 @@
-"""Small memories for tests: one built from fields of [moe], on one process or on a rank, and what it answers."""
+"""Small memories for tests: ways of using each, and one built from fields of [moe]."""
 
 from typing import Any
 
 import torch
-from layers.contexts import context
-from moe_rows import token_info
-from torch import Tensor
+from layer_checks import ALONE, HIDDEN, make_layer
 
-from megatron_moe.config.moe import MoEConfig
-from megatron_moe.moe.methods import build_unrouted
-from megatron_moe.moe.plan import TokenInfo
 from megatron_moe.moe.unrouted.memory import MemoryLayer
-from megatron_moe.moe.unrouted.unrouted_layer import LayerSite, Mixed
-from megatron_moe.parallel.layout import materialise
 from megatron_moe.parallel.state import ParallelState
-
-HIDDEN = 6
-ALONE = ParallelState.alone()
 
 # four experts of width 4: 16 cells, which are a square
 RELU = {"activation": "relu"}
@@ -61,23 +51,9 @@ CASES: dict[str, dict[str, Any]] = {
 def make_memory(
     fields: dict[str, Any], *, hidden: int = HIDDEN, state: ParallelState = ALONE, dtype: torch.dtype = torch.float64
 ) -> MemoryLayer:
-    """With its first weights, about as large as tokens are; the same on every layout."""
-    options = fields.get("router_options", {})
-    width = {} if "num_subkeys" in options or "ffn_hidden_size" in fields else {"ffn_hidden_size": 4}
-    config = MoEConfig(num_experts=4, **{**width, **fields})
-    site = LayerSite(
-        index=0,
-        hidden_size=hidden,
-        ffn_size=config.ffn_hidden_size or 4,
-        activation=config.activation or "swiglu",
-        init_std=0.5,
-        output_std=0.5,
-        dtype=dtype,
-        state=state,
-    )
-    layer = build_unrouted(config, site)
+    """As make_layer."""
+    layer = make_layer(fields, hidden=hidden, state=state, dtype=dtype)
     assert isinstance(layer, MemoryLayer)
-    materialise(layer, state, 7, torch.device("cpu"))
     return layer
 
 
@@ -87,17 +63,6 @@ def fill(layer: MemoryLayer, **tensors: Any) -> None:
         for name, value in tensors.items():
             parameter = layer.get_parameter(name)
             parameter.copy_(torch.as_tensor(value, dtype=parameter.dtype).view(parameter.shape))
-
-
-def ask(layer: MemoryLayer, tokens: Tensor, info: TokenInfo | None = None, *, train: bool = True) -> Mixed:
-    """tokens: (T, H), without further word one sample."""
-    info = info or token_info(tokens.shape[0], train=train)
-    return layer.mix(tokens, info, context(1, 1, ALONE))
-
-
-def draw(rows: int, seed: int = 0, *, hidden: int = HIDDEN) -> Tensor:
-    """(rows, H) normal."""
-    return torch.randn(rows, hidden, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def plain(name: str, value: float) -> float:

@@ -2,37 +2,22 @@
 
 from typing import Any
 
+import layer_checks
 import torch
+from layer_checks import ALONE, HIDDEN
 from layers.contexts import context
-from torch import Tensor, nn
+from torch import Tensor
 
-from megatron_moe.config.moe import MoEConfig
-from megatron_moe.moe.methods import build_unrouted
 from megatron_moe.moe.plan import TokenInfo
-from megatron_moe.moe.unrouted.unrouted_layer import LayerSite, UnroutedLayer
-from megatron_moe.parallel.layout import materialise
-from megatron_moe.parallel.state import ParallelState
+from megatron_moe.moe.unrouted.unrouted_layer import UnroutedLayer
 
-ALONE = ParallelState.alone()
-HIDDEN, WIDTH, EXPERTS = 6, 5, 3
+EXPERTS = 3
 
 
-def make_layer(name: str, *, state: ParallelState = ALONE, **fields: Any) -> UnroutedLayer:
-    """Three experts, weights about as large as tokens are."""
-    config = MoEConfig(num_experts=EXPERTS, router_type=name, **fields)
-    site = LayerSite(
-        index=0,
-        hidden_size=HIDDEN,
-        ffn_size=WIDTH,
-        activation="relu",
-        init_std=0.6,
-        output_std=0.6,
-        dtype=torch.float64,
-        state=state,
-    )
-    layer = build_unrouted(config, site)
-    materialise(nn.ModuleDict({"mlp": layer}), state, 7, torch.device("cpu"))
-    return layer
+def make_layer(name: str, **fields: Any) -> UnroutedLayer:
+    """Three experts of width 5."""
+    small = {"num_experts": EXPERTS, "ffn_hidden_size": 5, "activation": "relu"}
+    return layer_checks.make_layer({**small, "router_type": name, **fields})
 
 
 def answers(layer: UnroutedLayer, tokens: Tensor, info: TokenInfo, *, samples: int) -> Tensor:

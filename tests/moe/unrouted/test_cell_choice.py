@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from moe.unrouted.memories import ALONE
+from layer_checks import ALONE
 from moe_rows import tp_state
 from ranks import run_on_ranks
 from torch import Tensor

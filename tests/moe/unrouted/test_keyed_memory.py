@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from moe.unrouted.memories import ask, draw, fill, make_memory, plain
+from layer_checks import ask, draw
+from moe.unrouted.memories import fill, make_memory, plain
 from torch import Tensor
 from torch.nn import functional as F
 

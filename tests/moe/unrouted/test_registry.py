@@ -36,7 +36,7 @@ from torch import Tensor
 from megatron_moe.certify.tiny_model import tiny_config
 from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.parallel import ParallelConfig
-from megatron_moe.moe.unrouted.memory import MemoryLayer
+from megatron_moe.config.run import RunConfig
 from megatron_moe.moe.unrouted.registry import UNROUTED
 from megatron_moe.moe.unrouted.unrouted_layer import UnroutedLayer
 from megatron_moe.parallel.grid import Grid
@@ -64,19 +64,23 @@ CASES: dict[str, dict[str, Any]] = {
         "router_options": {"expert_dropout": "0.3", "jitter_eps": "0.1"},
     },
 }
-# trained with an estimate instead of the gradient; held to its formula in its own test
+# trained with an estimate instead of the gradient, which its own test holds to its formula
 ESTIMATED = ("controller",)
+DIFFERENTIATED = [
+    (name, train)
+    for name, fields in CASES.items()
+    for train in (True, False)
+    if not (train and fields["router_type"] in ESTIMATED)
+]
 
 each_case = pytest.mark.parametrize("name", CASES)
 each_layer = pytest.mark.parametrize("name", UNROUTED)
 trained_and_evaluated = pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 
 
-@each_case
-@trained_and_evaluated
+@pytest.mark.parametrize(("name", "train"), DIFFERENTIATED)
 def test_gradients_are_those_of_finite_differences(name: str, train: bool) -> None:
-    if not (train and CASES[name]["router_type"] in ESTIMATED):
-        check_gradient(make_layer(CASES[name]), train=train)
+    check_gradient(make_layer(CASES[name]), train=train)
 
 
 @each_case
@@ -220,12 +224,73 @@ def test_every_split_of_tokens_and_parameters_gives_the_same_answers_and_gradien
 
 
 @each_case
-def test_ranks_that_see_other_tokens_sum_their_gradients(name: str) -> None:
-    # the split test sums over all ranks; a rank that shares a place in the parameter must do so in training too
-    for key, parameter in make_layer(CASES[name]).named_parameters():
+def test_gradients_are_summed_over_all_ranks_that_the_split_test_sums_over(name: str) -> None:
+    layer = make_layer(CASES[name])
+    for key, parameter in layer.named_parameters():
         layout = layout_of(parameter)
         if layout.splits:
-            needed = {axis for axis in ("ep", "etp") if UNROUTED[CASES[name]["router_type"]] not in MEMORIES or axis == "ep"}
-            assert layout.reduce_over == "edp" and set(layout.splits.values()) == needed, key
+            # along ep and etp a parameter is either split, or the layer refuses to run
+            runs = {"ep": runs_on(type(layer), (1, 1, 2, 1)), "etp": runs_on(type(layer), (1, 1, 1, 2))}
+            assert layout.reduce_over == "edp" and {axis for axis in runs if runs[axis]} <= set(layout.splits.values())
         else:
-            assert layout.reduce_over == "dp_cp" and layout.sum_over == ("tp",), key
+            assert (layout.reduce_over, layout.sum_over) == ("dp_cp", ("tp",)), key
+
+
+# reasons not to be split, by layer and flag; what is not here runs, as the split test shows
+MERGED = r"--moe-router-type smear averages the parameters of all experts"
+BY_ROWS = r"cannot split a memory of single cells: its tables are split by rows over --expert-model-parallel-size"
+REASONS: dict[tuple[str, str], str] = {
+    ("smear", "--expert-model-parallel-size"): MERGED,
+    ("smear", "--expert-tensor-parallel-size"): MERGED,
+    **{
+        (name, "--expert-tensor-parallel-size"): BY_ROWS
+        for name in ("vanilla_memory", "low_rank_keys", "product_keys", "product_keys_ffn", "controller")
+    },
+}
+
+
+def model_of(fields: dict[str, Any], parallel: dict[str, Any]) -> RunConfig:
+    """A whole model, micro-batches of one sample."""
+    squares = "num_subkeys" in fields.get("router_options", {})
+    width = {"ffn_hidden_size": None if squares else 16}
+    return tiny_config({**width, **fields, "routing_group_samples": 1}, parallel, {})
+
+
+@each_layer
+@pytest.mark.parametrize(
+    ("parallel", "flag"),
+    [
+        ({"expert_model_parallel_size": 2}, "--expert-model-parallel-size"),
+        ({"expert_tensor_parallel_size": 2}, "--expert-tensor-parallel-size"),
+        ({"tensor_model_parallel_size": 2}, "--expert-tensor-parallel-size"),  # which follows it
+    ],
+    ids=["ep", "etp", "tp"],
+)
+def test_a_layout_is_refused_by_flag_and_reason_or_runs(name: str, parallel: dict[str, int], flag: str) -> None:
+    fields = {**example_of(name), "allow_noncausal": True}
+    if (name, flag) not in REASONS:
+        validate(model_of(fields, parallel))
+        return
+    with pytest.raises(ConfigError, match=REASONS[name, flag]) as found:
+        validate(model_of(fields, parallel))
+    assert f"{flag} 2" in str(found.value)
+    # the way out that the message names
+    validate(model_of(fields, {**parallel, "expert_model_parallel_size": 1, "expert_tensor_parallel_size": 1}))
+
+
+@each_case
+def test_a_causal_decoder_takes_no_layer_that_sees_the_future_unless_told_to(name: str) -> None:
+    fields = CASES[name]
+    if make_layer(fields).is_causal:
+        assert validate(model_of(fields, {})) == []
+        return
+    problem = f"--moe-router-type {fields['router_type']}"
+    with pytest.raises(ConfigError, match=f"{problem} looks at later tokens .*--moe-allow-noncausal"):
+        validate(model_of(fields, {}))
+    (note,) = validate(model_of({**fields, "allow_noncausal": True}, {}))
+    assert note.startswith(f"{problem} sees later tokens")
+
+
+@each_layer
+def test_an_encoder_may_see_all_of_its_text(name: str) -> None:
+    validate(tiny_config({"num_experts": 0}, {}, {"encoder_num_layers": 2}, encoder_moe=example_of(name)))

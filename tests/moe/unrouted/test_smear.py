@@ -1,13 +1,13 @@
-"""SMEAR: one merged expert for each sample, exactly; what it draws; what it refuses."""
+"""SMEAR: one merged expert for each sample, exactly; what it draws."""
 
 import pytest
 import torch
+from layer_checks import ALONE, HIDDEN
 from layers.contexts import context
-from moe.unrouted.soft_layers import ALONE, EXPERTS, HIDDEN, answers, draw, expert_by_hand, make_layer
+from moe.unrouted.soft_layers import EXPERTS, answers, draw, expert_by_hand, make_layer
 from moe_rows import token_info
 
 from megatron_moe.config.errors import ConfigError
-from megatron_moe.config.parallel import ParallelConfig
 from megatron_moe.moe.unrouted.smear import SmearLayer
 
 
@@ -86,12 +86,6 @@ def test_each_expert_is_charged_its_share_of_the_real_tokens() -> None:
     torch.testing.assert_close(served, 4 * shares[0] + 3 * shares[1])
 
 
-def test_experts_that_are_split_cannot_be_merged() -> None:
-    for fields, flag in (
-        ({"expert_model_parallel_size": 2}, "--expert-model-parallel-size 2"),
-        ({"expert_tensor_parallel_size": 2}, "--expert-tensor-parallel-size 2"),
-        ({"tensor_model_parallel_size": 2}, "--expert-tensor-parallel-size 2"),
-    ):
-        with pytest.raises(ConfigError, match=rf"smear averages the parameters of all experts.*{flag}"):
-            SmearLayer.check_layout(ParallelConfig(**fields))
-    SmearLayer.check_layout(ParallelConfig(tensor_model_parallel_size=2, expert_tensor_parallel_size=1))
+def test_what_has_no_effect_is_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match=r"--moe-aux-loss-coeff 0.1 has no effect with the router smear"):
+        make_layer("smear", aux_loss_coeff=0.1)
