@@ -54,6 +54,8 @@ LAYOUTS: dict[str, Layout] = {
     "TP 2 x PP 2, logits of 4 tokens at a time, split backward": Layout(
         4, {TP: 2, PP: 2, "cross_entropy_chunk_size": 4, "pipeline_schedule": "1f1b_split"}, 2
     ),
+    "EP 4, at most an even part at a time": Layout(4, {EP: 4, "expert_rank_capacity_factor": 1.0}),
+    "EP 2 x ETP 2, at most an even part at a time": Layout(4, {EP: 2, ETP: 2, "expert_rank_capacity_factor": 1.0}),
     "TP 2 x CP 2": Layout(4, {TP: 2, CP: 2}, 2),
     "EP 2 x ETP 2": Layout(4, {EP: 2, ETP: 2}),
     "TP 2 x PP 2 x EP 2": Layout(8, {TP: 2, PP: 2, EP: 2, ETP: 1}),

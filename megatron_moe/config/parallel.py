@@ -23,6 +23,13 @@ class ParallelConfig:
     expert_tensor_parallel_size: int | None = option(
         None, "ranks that split each expert's matrices (etp); none = as tp", at_least=1
     )
+    expert_rank_capacity_factor: float | None = option(
+        None,
+        "most rows that a rank of experts receives at once, in shares of an even split; more come in further rounds, "
+        "of which nothing is kept for the backward pass; none = any number at once",
+        flag="--moe-expert-rank-capacity-factor",
+        at_least=1,
+    )
     sequence_parallel: bool | None = option(
         None, "keep the hidden state split over tp along the sequence; none = whenever tp > 1"
     )

@@ -157,6 +157,11 @@ def _experts(run: Sections) -> None:
     parallel = run.parallel
     ep, etp = parallel.expert_model_parallel_size, parallel.expert_tensor
     if not any(moe.num_experts for moe, _ in run.stacks):
+        if parallel.expert_rank_capacity_factor is not None:
+            raise ConfigError(
+                "--moe-expert-rank-capacity-factor has no effect with --num-experts 0 (a dense model); leave it out, "
+                "or give --num-experts."
+            )
         if ep > 1 or parallel.expert_tensor_parallel_size is not None:
             flag = "--expert-model-parallel-size" if ep > 1 else "--expert-tensor-parallel-size"
             raise ConfigError(
@@ -164,6 +169,12 @@ def _experts(run: Sections) -> None:
                 f"leave it out, or give --num-experts."
             )
         return
+    factor = parallel.expert_rank_capacity_factor
+    if factor is not None and ep == 1:
+        raise ConfigError(
+            f"--moe-expert-rank-capacity-factor {factor:g} has no effect with --expert-model-parallel-size 1, where "
+            f"the one rank has all rows; leave it out."
+        )
     for moe, layers in run.stacks:
         if moe.num_experts:
             _experts_of(moe, layers, run)

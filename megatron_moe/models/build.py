@@ -101,6 +101,7 @@ def _layer(config: RunConfig, vocab_size: int, stack: int, *, causal: bool) -> L
         vocab_size=vocab_size,
         seed=config.training.seed,
         recompute_modules=config.parallel.modules_to_recompute,
+        rank_capacity=config.parallel.expert_rank_capacity_factor,
     )
 
 

@@ -43,6 +43,7 @@ class LayerSpec:
     vocab_size: int = 0  # ids that mean something
     seed: int = 0
     recompute_modules: frozenset[str] = frozenset()  # run again in the backward pass
+    rank_capacity: float | None = None  # rows that a rank of experts receives at once, in even parts
 
     @property
     def wide(self) -> torch.dtype:
@@ -95,7 +96,17 @@ def build_moe(spec: LayerSpec, moe: MoEConfig, state: ParallelState) -> MoELayer
     )
     limit = make_limit(moe, router.choices(moe), state.tp_cp, router.expert_pools)
     shared = _shared_expert(spec, moe, state)
-    return MoELayer(spec.index, router, limit, dispatcher, experts, shared, state.tp, moe.routing_group_samples)
+    return MoELayer(
+        spec.index,
+        router,
+        limit,
+        dispatcher,
+        experts,
+        shared,
+        state.tp,
+        moe.routing_group_samples,
+        spec.rank_capacity,
+    )
 
 
 def _shared_expert(spec: LayerSpec, moe: MoEConfig, state: ParallelState) -> SharedExpert | None:

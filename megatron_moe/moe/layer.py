@@ -1,10 +1,13 @@
 """The whole sparse layer, in the order in which it is said: route, limit, dispatch, compute, combine."""
 
 from dataclasses import replace
+from functools import partial
 
+import torch
 from torch import Tensor
 
 from megatron_moe.layers.context import ForwardContext
+from megatron_moe.layers.recompute import run_again
 from megatron_moe.moe.capacity import Limit
 from megatron_moe.moe.dispatch.all_gather import AllGatherDispatcher
 from megatron_moe.moe.dispatch.all_to_all import AllToAllDispatcher
@@ -12,7 +15,8 @@ from megatron_moe.moe.dispatch.dispatcher import Dispatcher
 from megatron_moe.moe.dispatch.local import LocalDispatcher
 from megatron_moe.moe.dispatch.one_per_rank import OnePerRankDispatcher
 from megatron_moe.moe.experts import Draws, Experts
-from megatron_moe.moe.plan import RoutingReport
+from megatron_moe.moe.plan import RoutingPlan, RoutingReport, TokenInfo
+from megatron_moe.moe.rounds import in_rounds
 from megatron_moe.moe.routers.router import Router
 from megatron_moe.moe.shared_expert import SharedExpert
 from megatron_moe.moe.sparse_layer import Routed, SparseLayer
@@ -48,7 +52,9 @@ class MoELayer(SparseLayer):
         shared_expert: SharedExpert | None,
         tp: Axis,
         group_samples: int,
+        rank_capacity: float | None = None,
     ) -> None:
+        """rank_capacity: rows that a rank may receive at once, in even parts of all; None: any number."""
         super().__init__()
         self.index = index
         self.router = router
@@ -58,6 +64,7 @@ class MoELayer(SparseLayer):
         self.shared_expert = shared_expert
         self.tp = tp
         self.group_samples = group_samples
+        self.rank_capacity = rank_capacity
 
     @property
     def decider(self) -> Router:
@@ -71,16 +78,32 @@ class MoELayer(SparseLayer):
             info = replace(info, expert_keys=self.experts.mean_keys().to(self.router.dtype))
         requested = self.router(tokens, info)
         plan = self.limit(requested, info)
-        drops = info.train and self.experts.dropout is not None
-        batch = self.dispatcher.dispatch(tokens, plan, info.global_keys if drops else None)
-        draws = None if batch.keys is None else Draws(batch.keys, info.random)
-        answers = self.experts(batch.rows, batch.tokens_per_expert, ctx.weight_gradients, draws)
-        out = self.dispatcher.combine(answers, batch).view(rows.shape)
+        out = self._by_experts(tokens, plan, info, ctx).view(rows.shape)
         if not ctx.sequence_parallel:
             out = gather_from(out, self.tp, ctx.view.num_rows)
         if self.shared_expert is not None:
             out = out + self.shared_expert(hidden, ctx)
         return Routed(out, RoutingReport.of(self.index, requested, plan, info))
+
+    def _by_experts(self, tokens: Tensor, plan: RoutingPlan, info: TokenInfo, ctx: ForwardContext) -> Tensor:
+        """(T, H) the weighted sum of the experts' answers to each token."""
+        if self.rank_capacity is None:
+            return self._round(tokens, plan, info, ctx)
+        rounds = in_rounds(plan, self.rank_capacity, self.dispatcher.ep, self.dispatcher.etp)
+        if len(rounds) == 1:
+            return self._round(tokens, plan, info, ctx)
+        # of a round nothing is kept, or all of them together would be as large as without rounds
+        call = partial(run_again, self._round) if ctx.train else self._round
+        found: list[Tensor] = [call(tokens, part, info, ctx) for part in rounds]
+        return torch.stack(found).sum(dim=0)
+
+    def _round(self, tokens: Tensor, plan: RoutingPlan, info: TokenInfo, ctx: ForwardContext) -> Tensor:
+        """To the experts and back."""
+        drops = info.train and self.experts.dropout is not None
+        batch = self.dispatcher.dispatch(tokens, plan, info.global_keys if drops else None)
+        draws = None if batch.keys is None else Draws(batch.keys, info.random)
+        answers = self.experts(batch.rows, batch.tokens_per_expert, ctx.weight_gradients, draws)
+        return self.dispatcher.combine(answers, batch)
 
     def before_step(self, progress: float) -> None:
         self.router.before_step(progress)

@@ -95,6 +95,11 @@ CASES: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
         "--encoder-moe-layer-freq 3 makes none of --encoder-num-layers 2 sparse",
         {"model.encoder_num_layers": 3, "encoder_moe.num_experts": 4, "encoder_moe.layer_freq": "3"},
     ),
+    (
+        {"parallel.expert_rank_capacity_factor": 1.5},
+        "--moe-expert-rank-capacity-factor 1.5 has no effect with --expert-model-parallel-size 1",
+        {"parallel.expert_rank_capacity_factor": 1.5, EP: 2},
+    ),
     ({PP: 5}, "--num-layers 4 cannot fill --pipeline-model-parallel-size 5: each stage needs a layer", {PP: 3}),
     (
         {"model.max_position_embeddings": 31},
