@@ -141,17 +141,28 @@ MODELS: dict[str, tuple[Tables, Tables]] = {
     ),
     "thor, two passes": ({"router_type": "thor", "consistency_coeff": 5.0}, {}),
     "remoe": ({"router_type": "remoe", "router_topk": 1, "router_options": {"first_coeff": "0.05"}}, {}),
+    "encoder-decoder": (
+        {"router_type": "st_moe", "expert_capacity_factor": 1.0, "extra_ffn": "after", "aux_loss_coeff": 0.01},
+        {
+            "encoder_num_layers": 2,
+            "position_embedding_type": "relative",
+            "relative_attention_num_buckets": 8,
+            "relative_attention_max_distance": 10,
+        },
+    ),
     "dense": ({"num_experts": 0}, {}),
 }
 DISPATCHERS = ("alltoall", "allgather", "one_per_rank")
 
 
 def _fits(model: str, layout: str) -> bool:
-    """A routing group of two samples needs microbatches of two; a dense model has no experts to split."""
+    """A routing group of two samples needs microbatches of two; a dense model has no experts."""
     known = LAYOUTS[layout]
     group = MODELS[model][0].get("routing_group_samples", 1)
-    splits_experts = EP in known.parallel or ETP in known.parallel
-    return known.micro_batch_size % group == 0 and not (model == "dense" and splits_experts)
+    of_experts = {EP, ETP} & set(known.parallel) or {"moe", "moe_act"} & set(
+        known.parallel.get("recompute_modules", ())
+    )
+    return known.micro_batch_size % group == 0 and not (model == "dense" and of_experts)
 
 
 def _config(model: str, options: Tables, micro_batch: int, dispatcher: str = "auto") -> Any:
