@@ -17,9 +17,14 @@ def gelu(value: float) -> float:
     return value * 0.5 * (1.0 + math.erf(value / math.sqrt(2.0)))  # the exact one, not the tanh approximation
 
 
+def gelu_by_tanh(value: float) -> float:
+    return value * 0.5 * (1.0 + math.tanh(math.sqrt(2.0 / math.pi) * (value + 0.044715 * value**3)))
+
+
 FORMULAS: dict[str, Callable[..., float]] = {
     "swiglu": lambda gate, up: silu(gate) * up,
     "geglu": lambda gate, up: gelu(gate) * up,
+    "geglu_tanh": lambda gate, up: gelu_by_tanh(gate) * up,
     "gelu": gelu,
     "relu": lambda value: max(0.0, value),
 }
@@ -44,6 +49,6 @@ def test_gradient(name: str) -> None:
 
 def test_gate_comes_first() -> None:
     gate_open, up_open = torch.tensor([[30.0], [2.0]]), torch.tensor([[-1e9], [2.0]])
-    for name in ("swiglu", "geglu"):
+    for name in ("swiglu", "geglu", "geglu_tanh"):
         assert float(ACTIVATIONS[name][1](gate_open)) == 60.0
         assert float(ACTIVATIONS[name][1](up_open)) == 0.0

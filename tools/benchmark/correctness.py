@@ -165,9 +165,13 @@ def check_activations(dtype: str, record: Recorder) -> None:
     def gelu(x: Tensor) -> Tensor:
         return x * 0.5 * (1 + torch.erf(x / math.sqrt(2.0)))
 
+    def by_tanh(x: Tensor) -> Tensor:
+        return x * 0.5 * (1 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3)))
+
     references: dict[str, Function] = {
         "swiglu": lambda inner: inner[:, 0] / (1 + torch.exp(-inner[:, 0])) * inner[:, 1],
         "geglu": lambda inner: gelu(inner[:, 0]) * inner[:, 1],
+        "geglu_tanh": lambda inner: by_tanh(inner[:, 0]) * inner[:, 1],
         "gelu": lambda inner: gelu(inner[:, 0]),
         "relu": lambda inner: inner[:, 0].clamp(min=0.0),
     }
