@@ -49,9 +49,10 @@ def moe_fields(router: str, more: Sequence[str]) -> dict[str, Any]:
         name, equals, text = pair.partition("=")
         if not equals or name not in known:
             raise ConfigError(f"--moe {pair}: expected name=value, the name one of {', '.join(known)}.")
-        if known[name].kind is dict:
+        kind = known[name].kind
+        if kind is dict:
             raise ConfigError(f"--moe {pair}: give the router's own options with --router-options name=value ...")
-        found[name] = parse_value(known[name].kind, text)
+        found[name] = {"true": True, "false": False}.get(text, text) if kind is bool else parse_value(kind, text)
     return found
 
 

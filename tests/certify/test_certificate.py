@@ -12,7 +12,7 @@ from megatron_moe.certify.layouts import LAYOUTS
 from megatron_moe.certify.tiny_model import GLOBAL_BATCH
 from megatron_moe.certify.tiny_run import Outcome, worst_difference
 from megatron_moe.config.errors import ConfigError
-from tools.certify import main
+from tools.certify import main, moe_fields
 
 COSINE = Path(__file__).parents[2] / "examples" / "router" / "cosine_router.py"
 
@@ -111,6 +111,11 @@ def test_the_command_writes_rows_and_says_what_was_wrong(tmp_path: Path, capsys:
     assert all(row["max_relative_error"] < 1e-9 for row in found["rows"]) and found["rows"][0]["layout"]
     assert "| micro-batches of 2 |" in capsys.readouterr().out
     assert main(["--moe", "zzz=1"]) == 2
+    assert main(["--moe", "capacity_includes_k=maybe"]) == 2
+    assert moe_fields("top_k", ["router_pre_softmax=true", "z_loss_coeff=0.1"]).items() >= {
+        ("router_pre_softmax", True),
+        ("z_loss_coeff", 0.1),
+    }
     assert "expected name=value" in capsys.readouterr().err
     file = tmp_path / "breaker.py"
     file.write_text(BREAKER)

@@ -139,20 +139,25 @@ def _newton_step(price: Tensor, scores: Tensor, present: Tensor, even: Tensor, t
 
 def _next_round(flow: _Flow) -> _Flow:
     """Prices after one search for shortest paths, and tokens moved along those that do not meet."""
+    columns = flow.places.shape[1]
     over, under = (flow.load - flow.places).clamp(min=0), (flow.places - flow.load).clamp(min=0)
-    here = flow.scores.gather(2, flow.column[..., None])
-    loss = (here - flow.scores).masked_fill(~flow.exists[..., None], _NEVER)
-    least = torch.full_like(flow.price[..., None].expand(-1, -1, loss.shape[2]), _NEVER)
+    loss = flow.scores.gather(2, flow.column[..., None]) - flow.scores
+    loss.masked_fill_(~flow.exists[..., None], _NEVER)
+    least = torch.full_like(flow.price[..., None].expand(-1, -1, columns), _NEVER)
     # (G, M, M): what moving one row from one column to another costs at least
     least = least.scatter_reduce(1, flow.column[..., None].expand_as(loss), loss, "amin")
     distance, parent = _shortest_paths(least - flow.price[..., None] + flow.price[:, None], over > 0)
-    # who could make the last step of the path to each column
-    needed = least.gather(1, parent[:, None])
-    movable = (flow.column[..., None] == parent[:, None]) & (loss == needed)
-    amount = _amounts(distance, parent, movable, over, under)
-    chosen = movable & (movable.cumsum(dim=1, dtype=torch.int32) <= amount[:, None])
-    target = chosen.to(torch.int8).argmax(dim=2)
-    column = target.where(chosen.any(dim=2), flow.column)
+    # who could make the last step of the path to each column: few, so they are listed, by column and row
+    before = parent.masked_fill(parent == torch.arange(columns, device=parent.device), columns)
+    movable = (loss == least.gather(1, parent[:, None])) & (flow.column[..., None] == before[:, None])
+    group, target, row = movable.transpose(1, 2).nonzero(as_tuple=True)
+    step = group * columns + target
+    width = torch.bincount(step, minlength=parent.numel())
+    place = torch.arange(len(row), device=row.device) - (width.cumsum(0) - width)[step]
+    first = torch.zeros_like(width).scatter_reduce(0, step, row, "amin", include_self=False)
+    amount = _amounts(distance, parent, width.view_as(parent), first.view_as(parent), over, under)
+    chosen = place < amount.flatten()[step]
+    column = flow.column.index_put((group[chosen], row[chosen]), target[chosen])
     return _Flow(flow.scores, flow.exists, flow.places, flow.price - distance, column)
 
 
@@ -175,11 +180,12 @@ def _shortest_paths(cost: Tensor, is_source: Tensor) -> tuple[Tensor, Tensor]:
     return distance.where(distance < _NEVER, 0.0), parent
 
 
-def _amounts(distance: Tensor, parent: Tensor, movable: Tensor, over: Tensor, under: Tensor) -> Tensor:
+def _amounts(distance: Tensor, parent: Tensor, width: Tensor, first: Tensor, over: Tensor, under: Tensor) -> Tensor:
     """(G, M) int64: rows that move into each column from its parent, along paths that do not meet.
 
-    movable: (G, N, M) bool: the rows that could make that step.  Nearer paths go first; two paths meet where they want
-    the same row, or, if one of them brings more than one, where they leave the same column.
+    width: (G, M) int64: how many rows could make that step.   first: (G, M) int64: the first of them.  Nearer paths go
+    first; two paths meet where they want the same row, or, if one of them brings more than one, where they leave the
+    same column.
     """
     columns = distance.shape[1]
     itself = torch.arange(columns, device=distance.device)
@@ -189,10 +195,8 @@ def _amounts(distance: Tensor, parent: Tensor, movable: Tensor, over: Tensor, un
     for _ in range(columns.bit_length()):
         on_path = on_path | on_path.gather(1, root[..., None].expand_as(on_path))
         root = root.gather(1, root)
-    width = movable.sum(dim=1).masked_fill(~is_step, 0)
     narrowest = width[:, None].masked_fill(~on_path, torch.iinfo(torch.int64).max).amin(dim=2)
     wanted = torch.minimum(torch.minimum(narrowest, under), over.gather(1, root)).masked_fill(~is_step, 0)
-    first = movable.to(torch.int8).argmax(dim=1)
     order = distance.masked_fill(wanted == 0, _NEVER).argsort(dim=1, stable=True)
     place = order.argsort(dim=1)
     before = (place[:, None] < place[..., None]) & (wanted > 0)[:, None]

@@ -10,8 +10,9 @@ more than b experts; strict_cap takes the excess away and fills up, which the pa
 expert_choice. In a group so small that C, at least 1, does not fit (E · C > b · tokens) the cap is the least that does.
 A score that is not finite counts as 0. Ties go to the earliest token.
 With the paper's lambda the program is not solved yet after 100 iterations (rows of A measured up to half a token
-short in groups of 8, a fifth of one in groups of 512; entropy=0.02 or iterations=1000 solves it), and its time is
-above that of a small layer for 4,096 tokens and 64 experts.
+short in groups of 8, a fifth of one in groups of 512; entropy=0.02 or iterations=1000 solves it). For 4,096 tokens
+they take up to half the time of the experts of a small layer (tools/benchmark/router_decision.py; 64 experts, H 1024).
+strict_cap fills place by place: with tokens all alike, thousands of short steps, about as long again.
 
 Guaranteed: every expert has exactly C different tokens of each group; with strict_cap no token has more than b experts,
 without it few have. Not causal: whether a token is taken depends on later tokens, and on other sequences of its group,

@@ -6,7 +6,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from megatron_moe.moe.routers.assignment import _begin, _next_round, _whole_numbers, balanced_assignment
+from megatron_moe.moe.routers.assignment import _begin, _Flow, _next_round, _whole_numbers, balanced_assignment
 
 # T tokens, E experts: divisible or not, fewer tokens than experts, one of each
 SIZES = [(6, 3), (7, 3), (50, 7), (128, 16), (3, 5), (64, 64), (1, 1), (1, 4), (20, 1), (90, 11)]
@@ -121,6 +121,16 @@ def test_every_round_brings_tokens_home_and_takes_none_too_many(kind: str) -> No
         # who had too many gives no more than that, who had too few gets no more, and the others keep theirs
         assert (after.abs() <= before.abs()).all()
         assert (after * before >= 0).all()
+
+
+def test_a_row_that_two_paths_want_goes_one_way_only() -> None:
+    # A can go from column 0 to 1 or 3, B to 3 only, C from 1 to 2: the paths 0, 1, 2 and 0, 3 both begin with A
+    scores = torch.tensor([[0.0, 0, -5, 0], [0, -5, -5, 0], [-5, 0, 0, -5]], dtype=torch.float64)[None]
+    places, column = torch.tensor([[0, 1, 1, 1]]), torch.tensor([[0, 0, 1]])
+    exists = torch.ones(1, 3, dtype=torch.bool)
+    first = _next_round(_Flow(scores, exists, places, torch.zeros(1, 4, dtype=torch.float64), column))
+    assert first.column.tolist() == [[1, 0, 2]]
+    assert _next_round(first).column.tolist() == [[1, 3, 2]]
 
 
 def test_shuffled_tokens_keep_their_experts() -> None:

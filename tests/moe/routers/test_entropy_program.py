@@ -6,7 +6,7 @@ import torch
 from scipy.optimize import linprog, minimize
 from torch import Tensor
 
-from megatron_moe.moe.routers.entropy_program import capped_wishes, within_cap
+from megatron_moe.moe.routers.entropy_program import _log_sum, capped_wishes, within_cap
 
 
 def draw(experts: int, tokens: int, seed: int = 0) -> Tensor:
@@ -110,6 +110,77 @@ def test_a_strict_cap_changes_nothing_that_keeps_it() -> None:
     wishes = solved(draw(4, 12), 6, 2, entropy=0.05)
     first = within_cap(wishes[None], chosen(wishes, 6)[None], torch.tensor([6]), torch.tensor([2]))
     assert torch.equal(within_cap(wishes[None], first, torch.tensor([6]), torch.tensor([2])), first)
+
+
+def filled_by_loops(wishes: Tensor, taken: Tensor, takes: int, cap: int) -> Tensor:
+    """What within_cap says it does, of one group: (E, T) of lists, one place after the other."""
+    experts, tokens = taken.shape
+    want, held = wishes.tolist(), taken.tolist()
+    for t in range(tokens):
+        for e in sorted((e for e in range(experts) if held[e][t]), key=lambda e: -want[e][t])[cap:]:
+            held[e][t] = False
+    while min(sum(row) for row in held) < takes:
+        poorest = min(range(experts), key=lambda e: sum(held[e]))
+        free = [t for t in range(tokens) if sum(row[t] for row in held) < cap and want[0][t] > -torch.inf]
+        best = max((t for t in free if not held[poorest][t]), key=lambda t: want[poorest][t], default=None)
+        if best is None:
+            freed = max(free, key=lambda t: want[poorest][t])
+            pairs = [(e, t) for e in range(experts) for t in range(tokens) if held[e][t] and not held[poorest][t]]
+            other, best = max(
+                ((e, t) for e, t in pairs if not held[e][freed]),
+                key=lambda pair: want[poorest][pair[1]] - want[pair[0]][pair[1]] + want[pair[0]][freed],
+            )
+            held[other][best], held[other][freed] = False, True
+        held[poorest][best] = True
+    return torch.tensor(held)
+
+
+@pytest.mark.parametrize("kind", ["different", "ties", "all equal", "the same for all experts"])
+@pytest.mark.parametrize("seed", range(3))
+def test_places_are_filled_one_by_one_in_every_group_by_itself(kind: str, seed: int) -> None:
+    # groups that lack a different number of places: some are done long before the others
+    generator = torch.Generator().manual_seed(seed)
+    wishes = torch.randn(4, 5, 14, generator=generator, dtype=torch.float64)
+    if kind == "ties":
+        wishes = wishes.round()
+    if kind == "all equal":
+        wishes = torch.zeros_like(wishes)
+    if kind == "the same for all experts":
+        wishes = wishes[:, :1].expand_as(wishes).clone()
+    tokens, cap = [14, 9, 5, 12], [2, 3, 1, 4]
+    for group, real in enumerate(tokens):
+        wishes[group, :, real:] = -torch.inf
+    wishes[3, :, :12] += torch.eye(5, dtype=torch.float64)[:, torch.arange(12) % 5] * 9  # nothing to do for a while
+    takes = [b * t // 5 for b, t in zip(cap, tokens, strict=True)]  # as tight as can be
+    start = torch.stack([chosen(table, k) for table, k in zip(wishes, takes, strict=True)])
+    before = start.clone()
+    found = within_cap(wishes, start, torch.tensor(takes), torch.tensor(cap))
+    assert torch.equal(start, before)
+    for group in range(4):
+        expected = filled_by_loops(wishes[group], start[group], takes[group], cap[group])
+        assert torch.equal(found[group], expected), group
+    missing = [(start[g].sum(dim=0) - cap[g]).clamp(min=0).sum().item() for g in range(4)]
+    assert len(set(missing)) > 1
+
+
+def test_an_expert_that_has_all_free_tokens_gets_one_by_exchange() -> None:
+    # all want tokens 0 and 1: the third expert gets none, takes token 2, and then the first gives 0 and takes 2 as well
+    wishes = torch.tensor([[5.0, 4.0, 0.0]]).repeat(3, 1)
+    start = torch.tensor([[True, True, False]]).repeat(3, 1)
+    found = within_cap(wishes[None], start[None], torch.tensor([2]), torch.tensor([2]))[0]
+    assert found.int().tolist() == [[0, 1, 1], [1, 1, 0], [1, 0, 1]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dim", [1, 2])
+def test_the_sum_of_exponentials_is_that_of_torch_however_small_they_are(dtype: torch.dtype, dim: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    values = 1000 * torch.rand(2, 30, 40, generator=generator, dtype=dtype)
+    values[0, 3], values[1, :, 4], values[0, 5:, 6:] = -torch.inf, -torch.inf, -torch.inf
+    values[1, 7] = 2e4 * values[1, 7]  # one of these is far above the others
+    expected = values.logsumexp(dim=dim)
+    assert expected.isneginf().any()
+    torch.testing.assert_close(_log_sum(values.clone(), dim), expected, rtol=4 * torch.finfo(dtype).eps, atol=0.0)
 
 
 def test_groups_do_not_depend_on_each_other_and_padding_takes_nothing() -> None:
