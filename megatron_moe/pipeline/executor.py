@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megatron_moe.pipeline.schedules import Action, Kind
+from megatron_moe.pipeline.actions import Action, Entry, Kind, flat
 from megatron_moe.pipeline.transfer import Edge, Transfer
 
 
@@ -46,8 +46,9 @@ class Executor:
         self._transfer = transfer
         self._complete = complete
 
-    def train(self, actions: Sequence[Action], program: Program) -> None:
+    def train(self, entries: Sequence[Entry], program: Program) -> None:
         """Forward and backward passes of one step."""
+        actions = flat(entries)
         held: dict[tuple[int, int], _Held] = {}
         split = any(action.kind is Kind.BACKWARD_WEIGHT for action in actions)
         last = {action.stage: action for action in actions}
@@ -57,10 +58,10 @@ class Executor:
                 self._complete(action.stage)
         self._transfer.finish()
 
-    def evaluate(self, actions: Sequence[Action], program: Program) -> None:
+    def evaluate(self, entries: Sequence[Entry], program: Program) -> None:
         """Forward passes only."""
         with torch.no_grad():
-            for action in actions:
+            for action in flat(entries):
                 inputs = self._inputs(action, program)
                 self._pass_on(action, program, program.forward(action.stage, action.microbatch, inputs, split=False))
         self._transfer.finish()

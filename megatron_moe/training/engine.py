@@ -18,6 +18,7 @@ from megatron_moe.optim.zero import ShardedAdamW
 from megatron_moe.parallel.grid import Grid
 from megatron_moe.parallel.random import KeyedRandom
 from megatron_moe.parallel.state import ParallelState
+from megatron_moe.pipeline.actions import Pipeline
 from megatron_moe.pipeline.executor import Executor
 from megatron_moe.pipeline.schedules import SCHEDULES, forward_only
 from megatron_moe.pipeline.transfer import Transfer
@@ -98,7 +99,7 @@ class Engine:
             layer.before_step(step / training.num_steps)
         program, counts = self._program(batches, self._random.at(step=step), self.objective, train=True)
         self.buckets.zero_()
-        schedule = SCHEDULES[self.config.parallel.pipeline_schedule](self.state.pp.size, len(batches))
+        schedule = SCHEDULES[self.config.parallel.pipeline_schedule](Pipeline(self.state.pp.size, len(batches)))
         self._executor.train(schedule[self.state.pp.rank], program)
         self.buckets.reduce()
         norm = clip_(self.buckets, self.config.optimizer.clip_grad)
@@ -115,7 +116,7 @@ class Engine:
     def evaluate(self, batches: Sequence[Batch]) -> tuple[StepMetrics, float]:
         """The metrics of one global batch without learning from it, and over how many tokens its loss is the mean."""
         program, counts = self._program(batches, self._random, Objective(), train=False)
-        schedule = forward_only(self.state.pp.size, len(batches))
+        schedule = forward_only(Pipeline(self.state.pp.size, len(batches)))
         self._executor.evaluate(schedule[self.state.pp.rank], program)
         return self._validation_metrics.reduce(program.findings, counts), counts.loss_tokens
 

@@ -10,12 +10,14 @@ from torch import Tensor
 
 from megatron_moe.parallel.grid import Grid
 from megatron_moe.parallel.state import ParallelState
+from megatron_moe.pipeline.actions import Kind, Pipeline, flat
 from megatron_moe.pipeline.executor import Executor, Played
-from megatron_moe.pipeline.schedules import SCHEDULES, Kind, forward_only
+from megatron_moe.pipeline.schedules import SCHEDULES, forward_only
 from megatron_moe.pipeline.transfer import Edge, Transfer
 
 CPU = torch.device("cpu")
 STAGES, MICROBATCHES, WIDTH = 3, 5, 4
+SHAPE = Pipeline(STAGES, MICROBATCHES)
 
 
 def weights() -> list[Tensor]:
@@ -94,10 +96,10 @@ def play(rank: int, world_size: int, name: str) -> dict[str, Any]:
         Transfer(state.pp, state.pp_back, CPU),
         complete=lambda stage: completed.append((stage, list(toy.calls))),
     )
-    actions = SCHEDULES[name](STAGES, MICROBATCHES)[rank]
+    actions = SCHEDULES[name](SHAPE)[rank]
     executor.train(actions, toy)
     training_loss, toy.loss = toy.loss, 0.0
-    executor.evaluate(forward_only(STAGES, MICROBATCHES)[rank], toy)
+    executor.evaluate(forward_only(SHAPE)[rank], toy)
     return {
         "gradient": toy.gradient.tolist(),
         "loss": training_loss,
@@ -122,7 +124,7 @@ def test_three_stages_equal_the_function_in_one_piece(name: str) -> None:
         split = "s" if name.endswith("split") else ""
         order = [
             f"F{action.microbatch}{split}" if action.kind is Kind.FORWARD else f"W{action.microbatch}"
-            for action in SCHEDULES[name](STAGES, MICROBATCHES)[stage]
+            for action in flat(SCHEDULES[name](SHAPE)[stage])
             if action.kind is not Kind.BACKWARD_INPUT
         ]
         assert found["calls"] == order
@@ -144,7 +146,7 @@ class OneStage(Toy):
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_one_stage_needs_nobody(name: str) -> None:
     toy = OneStage(0)
-    alone(toy).train(SCHEDULES[name](1, MICROBATCHES)[0], toy)
+    alone(toy).train(SCHEDULES[name](Pipeline(1, MICROBATCHES))[0], toy)
     weight = weights()[0].requires_grad_()
     torch.stack([step(0, weight, {}, microbatch)[1] for microbatch in range(MICROBATCHES)]).sum().backward()
     torch.testing.assert_close(toy.gradient, weight.grad)
