@@ -1,15 +1,19 @@
 """How the ranks of one axis talk: nobody else (Identity), a process group (Torch), or a record only (Recording).
 
 The only file that calls torch.distributed. Rows are dim 0. No method changes its argument unless its name says so.
+What begins with `start_` returns at once; computing goes on until somebody waits for the tensor.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from megatron_moe.parallel.arrival import Arrival, Flying, Landed, as_it_is
 
 # torch 2.13 renamed these two; 2.11 has the old names only
 _ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -48,6 +52,22 @@ class Communicator(ABC):
     @abstractmethod
     def all_to_all(self, tensor: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
         """Send send[r] rows to rank r, in order; returns receive[r] rows from each r, in order."""
+
+    def start_all_reduce_(self, tensor: Tensor, op: str = "sum") -> Arrival:
+        """As all_reduce_; the argument must be left alone until it has arrived."""
+        return Landed(self.all_reduce_(tensor, op))
+
+    def start_all_gather(self, tensor: Tensor, rows: Sequence[int]) -> Arrival:
+        """As all_gather."""
+        return Landed(self.all_gather(tensor, rows))
+
+    def start_reduce_scatter(self, tensor: Tensor, rows: Sequence[int]) -> Arrival:
+        """As reduce_scatter; the argument must not be changed until it has arrived."""
+        return Landed(self.reduce_scatter(tensor, rows))
+
+    def start_all_to_all(self, tensor: Tensor, send: Sequence[int], receive: Sequence[int]) -> Arrival:
+        """As all_to_all."""
+        return Landed(self.all_to_all(tensor, send, receive))
 
     @abstractmethod
     def broadcast_(self, tensor: Tensor, source: int) -> Tensor:
@@ -115,37 +135,47 @@ class Torch(Communicator):
         self._rank = rank
 
     def all_reduce_(self, tensor: Tensor, op: str = "sum") -> Tensor:
-        dist.all_reduce(tensor, self.OPS[op], group=self._group)
-        return tensor
+        return self.start_all_reduce_(tensor, op).wait()
 
     def all_gather(self, tensor: Tensor, rows: Sequence[int]) -> Tensor:
-        most = max(rows)
-        if min(rows) == most:
-            out = tensor.new_empty((most * len(rows), *tensor.shape[1:]))
-            _ALL_GATHER(out, tensor.contiguous(), group=self._group)
-            return out
-        # neither gloo nor NCCL gathers uneven shares: pad to the largest, then cut
-        mine = tensor.new_zeros((most, *tensor.shape[1:]))
-        mine[: tensor.shape[0]] = tensor
-        out = tensor.new_empty((most * len(rows), *tensor.shape[1:]))
-        _ALL_GATHER(out, mine, group=self._group)
-        return torch.cat([out[r * most : r * most + n] for r, n in enumerate(rows)])
+        return self.start_all_gather(tensor, rows).wait()
 
     def reduce_scatter(self, tensor: Tensor, rows: Sequence[int]) -> Tensor:
-        mine = tensor.new_empty((rows[self._rank], *tensor.shape[1:]))
-        if min(rows) == max(rows):
-            _REDUCE_SCATTER(mine, tensor.contiguous(), group=self._group)
-        else:
-            whole = tensor.clone(memory_format=torch.contiguous_format)
-            dist.all_reduce(whole, group=self._group)
-            start = sum(rows[: self._rank])
-            mine.copy_(whole[start : start + rows[self._rank]])
-        return mine
+        return self.start_reduce_scatter(tensor, rows).wait()
 
     def all_to_all(self, tensor: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
-        out = tensor.new_empty((sum(receive), *tensor.shape[1:]))
-        dist.all_to_all_single(out, tensor.contiguous(), list(receive), list(send), group=self._group)
-        return out
+        return self.start_all_to_all(tensor, send, receive).wait()
+
+    def start_all_reduce_(self, tensor: Tensor, op: str = "sum") -> Arrival:
+        work = dist.all_reduce(tensor, self.OPS[op], group=self._group, async_op=True)
+        return Flying(work, tensor, then=as_it_is)
+
+    def start_all_gather(self, tensor: Tensor, rows: Sequence[int]) -> Arrival:
+        most = max(rows)
+        mine = tensor.contiguous()
+        if min(rows) < most:
+            # neither gloo nor NCCL gathers uneven shares: pad to the largest, then cut
+            mine = tensor.new_zeros((most, *tensor.shape[1:]))
+            mine[: tensor.shape[0]] = tensor
+        out = tensor.new_empty((most * len(rows), *tensor.shape[1:]))
+        work = _ALL_GATHER(out, mine, group=self._group, async_op=True)
+        return Flying(work, out, mine, then=partial(_without_padding, rows=rows, most=most))
+
+    def start_reduce_scatter(self, tensor: Tensor, rows: Sequence[int]) -> Arrival:
+        own = rows[self._rank]
+        if min(rows) == max(rows):
+            mine, whole = tensor.new_empty((own, *tensor.shape[1:])), tensor.contiguous()
+            work = _REDUCE_SCATTER(mine, whole, group=self._group, async_op=True)
+            return Flying(work, mine, whole, then=as_it_is)
+        whole = tensor.clone(memory_format=torch.contiguous_format)
+        start = sum(rows[: self._rank])
+        work = dist.all_reduce(whole, group=self._group, async_op=True)
+        return Flying(work, whole, then=lambda summed: summed[start : start + own].clone())
+
+    def start_all_to_all(self, tensor: Tensor, send: Sequence[int], receive: Sequence[int]) -> Arrival:
+        out, mine = tensor.new_empty((sum(receive), *tensor.shape[1:])), tensor.contiguous()
+        work = dist.all_to_all_single(out, mine, list(receive), list(send), group=self._group, async_op=True)
+        return Flying(work, out, mine, then=as_it_is)
 
     def broadcast_(self, tensor: Tensor, source: int) -> Tensor:
         dist.broadcast(tensor, self._ranks[source], group=self._group)
@@ -162,6 +192,12 @@ class Torch(Communicator):
 
     def barrier(self) -> None:
         dist.barrier(group=self._group)
+
+
+def _without_padding(gathered: Tensor, rows: Sequence[int], most: int) -> Tensor:
+    if min(rows) == most:
+        return gathered
+    return torch.cat([gathered[r * most : r * most + n] for r, n in enumerate(rows)])
 
 
 @dataclass
