@@ -45,6 +45,10 @@ LAYOUTS: dict[str, Layout] = {
     "PP 2 sequential": Layout(2, {PP: 2, "pipeline_schedule": "sequential"}, 2),
     "PP 2 split backward": Layout(2, {PP: 2, "pipeline_schedule": "1f1b_split"}),
     "EP 2": Layout(2, {EP: 2}),
+    "EP 2 overlapped": Layout(2, {EP: 2, "pipeline_schedule": "1f1b_overlap"}),
+    "PP 2 x EP 2 overlapped, recomputation": Layout(
+        4, {PP: 2, EP: 2, "pipeline_schedule": "1f1b_overlap", "recompute_granularity": "full"}
+    ),
     "ETP 2": Layout(2, {ETP: 2}),
     "DP 2 with ZeRO-1": Layout(2),
     "DP 2 without ZeRO-1": Layout(2, {"use_distributed_optimizer": False}, 2),

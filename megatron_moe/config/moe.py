@@ -87,6 +87,7 @@ class MoEConfig:
         None, "inner width of an expert that every token visits; none = there is none", at_least=1
     )
     shared_expert_gate: bool = option(False, "weight the shared expert by a sigmoid of the token")
+    shared_expert_overlap: bool = option(True, "run the shared expert while tokens travel to the others")
     token_dispatcher_type: str = option(
         "auto",
         "how tokens travel to their experts; auto = local on one expert rank, else alltoall",

@@ -75,7 +75,7 @@ RULES = (
         "without a capacity, for no token is ever dropped; leave it out, or give --encoder-moe-expert-capacity-factor",
     ),
     Rule(
-        ("encoder_moe.shared_expert_gate",),
+        ("encoder_moe.shared_expert_gate", "encoder_moe.shared_expert_overlap"),
         lambda run: run.encoder_moe.shared_expert_intermediate_size is None,
         "without a shared expert; leave it out, or give --encoder-moe-shared-expert-intermediate-size",
     ),
@@ -85,7 +85,7 @@ RULES = (
         "in an encoder, which sees all of its text anyway; leave it out",
     ),
     Rule(
-        ("moe.shared_expert_gate",),
+        ("moe.shared_expert_gate", "moe.shared_expert_overlap"),
         lambda run: run.moe.shared_expert_intermediate_size is None,
         "without a shared expert; leave it out, or give --moe-shared-expert-intermediate-size",
     ),
@@ -108,6 +108,11 @@ RULES = (
         ("parallel.recompute_modules",),
         lambda run: run.parallel.recompute_granularity != "selective",
         "without selective recomputation; leave it out, or give --recompute-granularity selective",
+    ),
+    Rule(
+        ("parallel.overlap_param_gather",),
+        lambda run: not run.parallel.use_distributed_optimizer,
+        "without --use-distributed-optimizer, for every rank updates all weights itself; leave it out",
     ),
     Rule(
         RELATIVE,

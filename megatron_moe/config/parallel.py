@@ -36,7 +36,7 @@ class ParallelConfig:
     pipeline_schedule: str = option(
         "1f1b",
         "order of the micro-batches: 1F1B, or one micro-batch at a time (least memory, stages mostly idle)",
-        choices=("1f1b", "1f1b_split", "sequential"),
+        choices=("1f1b", "1f1b_split", "1f1b_overlap", "sequential"),
     )
     recompute_granularity: str | None = option(
         None,
@@ -66,6 +66,12 @@ class ParallelConfig:
     )
     use_distributed_optimizer: bool = option(True, "split the optimizer state over the data-parallel ranks (ZeRO-1)")
     ddp_bucket_size: int = option(40_000_000, "gradients are reduced in buckets of about so many elements", at_least=1)
+    overlap_grad_reduce: bool = option(
+        True, "sum a bucket's gradients over the data-parallel ranks while the backward pass goes on"
+    )
+    overlap_param_gather: bool = option(
+        True, "gather updated weights while the next step begins, each layer's until it is run"
+    )
     distributed_backend: str = option("auto", "auto = nccl on GPUs, gloo on CPUs", choices=("auto", "nccl", "gloo"))
     distributed_timeout_minutes: float = option(
         10.0, "a collective that takes longer ends the run, in minutes", above=0
@@ -85,6 +91,11 @@ class ParallelConfig:
     def expert_tensor(self) -> int:
         """Ranks that split each expert's matrices (etp)."""
         return self.expert_tensor_parallel_size or self.tensor_model_parallel_size
+
+    @property
+    def gathers_beside_computing(self) -> bool:
+        """Whether a step may return before all weights have been gathered."""
+        return self.overlap_param_gather and self.use_distributed_optimizer
 
     @property
     def uses_sequence_parallel(self) -> bool:

@@ -68,6 +68,7 @@ class ForwardContext:
     train: bool
     sequence_parallel: bool  # a choice of this pass: decoding one token turns it off
     weight_gradients: WeightGradients | None = None
+    await_weights: Callable[[int | None], None] | None = None  # called before a layer (None: before what is in none)
     cache: KeyValueCache | None = None
     with_logits: bool = True  # False: the last stage stops before the product with the vocabulary
     bias: Tensor | None = None  # (1 or B, heads/tp, S/cp, S') added to the scores of self-attention

@@ -2,11 +2,15 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
 
 Accumulate = Callable[[Tensor], None]  # adds a weight gradient to the tensor it is given
+LayerDone = Callable[[int], None]  # told a layer: there is nothing to come for it and those behind it
 
 
 class WeightGradients(ABC):
@@ -15,29 +19,70 @@ class WeightGradients(ABC):
     @abstractmethod
     def add(self, parameter: Tensor, accumulate: Accumulate) -> None: ...
 
+    @abstractmethod
+    def layer_done(self, layer: int) -> None:
+        """The backward pass has left this layer, and all behind it."""
+
 
 class Immediate(WeightGradients):
-    """Adds at once."""
+    """Adds at once.   done: who is told of layers that are done with; None: nobody."""
+
+    def __init__(self, done: LayerDone | None = None) -> None:
+        self._done = done
 
     def add(self, parameter: Tensor, accumulate: Accumulate) -> None:
-        with torch.no_grad():
-            accumulate(parameter.main_grad)  # type: ignore[attr-defined]
+        _accumulate(parameter, accumulate)
+
+    def layer_done(self, layer: int) -> None:
+        if self._done is not None:
+            self._done(layer)
 
 
 class Deferred(WeightGradients):
     """Keeps the work until `run`: the second half of a split backward pass (zero bubble, arXiv:2401.10241)."""
 
-    def __init__(self) -> None:
-        self._waiting: list[tuple[Tensor, Accumulate]] = []
+    def __init__(self, done: LayerDone | None = None) -> None:
+        self._done = done
+        self._waiting: list[Callable[[], None]] = []
 
     def add(self, parameter: Tensor, accumulate: Accumulate) -> None:
-        self._waiting.append((parameter, accumulate))
+        self._waiting.append(partial(_accumulate, parameter, accumulate))
+
+    def layer_done(self, layer: int) -> None:
+        if self._done is not None:
+            self._waiting.append(partial(self._done, layer))
 
     def run(self) -> None:
-        with torch.no_grad():
-            for parameter, accumulate in self._waiting:
-                accumulate(parameter.main_grad)  # type: ignore[attr-defined]
-        self._waiting.clear()
+        """All that has come together so far."""
+        waiting, self._waiting = self._waiting, []
+        for work in waiting:
+            work()
+
+
+def _accumulate(parameter: Tensor, accumulate: Accumulate) -> None:
+    with torch.no_grad():
+        accumulate(parameter.main_grad)  # type: ignore[attr-defined]
+
+
+class _LayerEntrance(Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, layer: int, sink: WeightGradients) -> Tensor:
+        ctx.layer, ctx.sink = layer, sink
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        # autograd runs what was made last first: all of the layer was made after this
+        ctx.sink.layer_done(ctx.layer)
+        return grad, None, None
+
+
+def enter_layer(hidden: Tensor, layer: int, sink: WeightGradients | None) -> Tensor:
+    """The input of a layer as it is; in the backward pass the sink is told that the layer is done with."""
+    if sink is None:
+        return hidden
+    entered: Tensor = _LayerEntrance.apply(hidden, layer, sink)
+    return entered
 
 
 def collect_small_gradients(module: nn.Module) -> None:

@@ -16,6 +16,7 @@ from megatron_moe.layers.linear import enter_parallel
 from megatron_moe.layers.norm import Norm
 from megatron_moe.layers.recompute import Recomputation, run_again
 from megatron_moe.layers.relative_bias import RelativeBias
+from megatron_moe.layers.weight_gradients import enter_layer
 from megatron_moe.models.depth import build_block
 from megatron_moe.models.transformer import LayerSpec
 from megatron_moe.moe.plan import RoutingReport
@@ -144,6 +145,8 @@ class GPTStage(nn.Module):
 
     def forward(self, tensors: dict[str, Tensor], ctx: ForwardContext) -> StageOutput:
         """tensors: what the stage before passed on; empty for the first stage."""
+        if ctx.await_weights is not None:
+            ctx.await_weights(None)
         hidden, memory = tensors.get("hidden"), tensors.get("memory")
         reports: list[RoutingReport] = []
         encoder = self.spec.encoder_layers
@@ -188,6 +191,9 @@ class GPTStage(nn.Module):
         """Some layers, one after the other."""
         reports = []
         for name in names:
+            if ctx.await_weights is not None:
+                ctx.await_weights(int(name))
+            hidden = enter_layer(hidden, int(name), ctx.weight_gradients)
             hidden, report = self.layers[name](hidden, ctx)
             if report is not None:
                 reports.append(report)

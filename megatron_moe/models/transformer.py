@@ -106,6 +106,7 @@ def build_moe(spec: LayerSpec, moe: MoEConfig, state: ParallelState) -> MoELayer
         state.tp,
         moe.routing_group_samples,
         spec.rank_capacity,
+        moe.shared_expert_overlap,
     )
 
 

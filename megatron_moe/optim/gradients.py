@@ -5,16 +5,19 @@ A bucket holds parameters of one stage that are reduced alike. Sharded, each ran
     | embedding | gap | norm | w1 ...             | w2 ...   | gap |
     |------ shard of rank 0 ------|------ shard of rank 1 ---------|
 
-The loss is already divided by the count of the whole batch, so gradients are summed, never averaged.
+The loss is already divided by the count of the whole batch, so gradients are summed, never averaged. Sums and gathers
+may travel while computing goes on: gradients from the moment that a layer is done with, weights until a layer begins.
 """
 
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from megatron_moe.parallel.arrival import Arrival
 from megatron_moe.parallel.layout import ParamLayout, layout_of
 from megatron_moe.parallel.state import ParallelState
 
@@ -27,6 +30,12 @@ ALIGNMENT = 16
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """What gradients, moments and master weights of a model in `dtype` are kept in."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def layer_of(name: str) -> int | None:
+    """The global number of the layer that a parameter is part of; None: of no layer (embedding, head, last norm)."""
+    found = re.match(r"layers\.(\d+)\.", name)
+    return None if found is None else int(found[1])
 
 
 def _aligned(elements: int) -> int:
@@ -63,7 +72,10 @@ class Bucket:
         self.axis = state.axis(layout_of(first).reduce_over)
         self.sum_axes = [state.axis(name) for name in layout_of(first).sum_over]
         self.sharded = sharded
+        self.layers = frozenset(layer_of(name) for name, _ in members)
         self._state = state
+        self._summing: Arrival | None = None
+        self._gathering: Arrival | None = None
         # an axis that leaves the stage has to wait until other stages are done too
         self.is_local = not shared and all(set(axis.ranks) <= set(state.stage.ranks) for axis in self.sum_axes)
         starts, length = _places(members)
@@ -107,28 +119,51 @@ class Bucket:
         replicas = [self._state.axis(name) for name in layout.replica_axes]
         return all(axis.is_first for axis in replicas) and (self.sharded or self.axis.is_first)
 
-    def reduce(self) -> None:
-        """Sum the gradients over all ranks that hold a part of them.
+    def is_done_with(self, layer: int) -> bool:
+        """Whether all gradients are complete once those of all layers from this one on are."""
+        return all(own is not None and own >= layer for own in self.layers)
 
-        First over the replicas, then the shard alone over the other axes: less to send, and the last sum gives all
-        copies of a tied or replicated weight the same bits.
-        """
+    def reduce(self) -> None:
+        """Sum the gradients over all ranks that hold a part of them."""
+        self.start_reduce()
+        self.finish_reduce()
+
+    def start_reduce(self) -> None:
+        """Begin with the sum over the replicas."""
+        comm = self.axis.comm
         if self.sharded:
-            summed = self.axis.comm.reduce_scatter(self.gradients, self._rows())
-            if summed is not self.gradients:  # a rank alone gets its argument back
-                self.own_gradients.copy_(summed)
+            self._summing = comm.start_reduce_scatter(self.gradients, self._rows())
         else:
-            self.axis.comm.all_reduce_(self.gradients)
+            self._summing = comm.start_all_reduce_(self.gradients)
+
+    def finish_reduce(self) -> None:
+        """Wait for it, then sum the shard alone over the other axes.
+
+        So there is less to send, and the last sum gives all copies of a tied or replicated weight the same bits.
+        """
+        assert self._summing is not None
+        summed, self._summing = self._summing.wait(), None
+        if summed is not self.gradients:  # a rank alone gets its argument back, and so do all that are not sharded
+            self.own_gradients.copy_(summed)
         for axis in self.sum_axes:
             axis.comm.all_reduce_(self.own_gradients)
 
     def gather_weights(self) -> None:
         """Fill all weights, and so the parameters, from the shards of their owners."""
+        self.start_gather()
+        self.finish_gather()
+
+    def start_gather(self) -> None:
         if self.sharded:
-            own = self.own_weights
-            whole = self.axis.comm.all_gather(own, self._rows())
-            if whole is not own:
-                self.weights.copy_(whole)
+            self._gathering = self.axis.comm.start_all_gather(self.own_weights, self._rows())
+
+    def finish_gather(self) -> None:
+        """Wait until the weights are whole; returns at once when they are."""
+        if self._gathering is None:
+            return
+        whole, self._gathering = self._gathering.wait(), None
+        if self.axis.size > 1:
+            self.weights.copy_(whole)
 
     def _rows(self) -> list[int]:
         return [self.shard_elements] * self.axis.size
@@ -145,10 +180,13 @@ def _places(members: Sequence[NamedParameter]) -> tuple[list[int], int]:
 
 def _group(members: Sequence[NamedParameter], bucket_elements: int, shared: set[int]) -> list[list[NamedParameter]]:
     """Parameters that are reduced alike, in at most `bucket_elements` at a time; none is cut."""
-    alike: dict[tuple[str, tuple[str, ...], torch.dtype, bool], list[list[NamedParameter]]] = {}
+    alike: dict[tuple[Hashable, ...], list[list[NamedParameter]]] = {}
     for name, parameter in members:
         layout = layout_of(parameter)
-        groups = alike.setdefault((layout.reduce_over, layout.sum_over, parameter.dtype, id(parameter) in shared), [[]])
+        # what is in no layer is complete only at the end of a stage
+        in_layer = layer_of(name) is not None
+        kind = (layout.reduce_over, layout.sum_over, parameter.dtype, id(parameter) in shared, in_layer)
+        groups = alike.setdefault(kind, [[]])
         filled = sum(_aligned(member.numel()) for _, member in groups[-1])
         if filled and filled + parameter.numel() > bucket_elements:
             groups.append([])
@@ -171,11 +209,18 @@ class GradientBuckets:
 
     stages: named parameters of each stage in order; frozen ones are left alone.  bucket_elements: size of a bucket.
     sharded: each rank of the axis owns a part (ZeRO-1), instead of all of them everything.
+    overlap: sums travel while computing goes on, until the last call of `reduce`.
     Every rank of a stage must ask for the same reductions in the same order.
     """
 
     def __init__(
-        self, stages: Sequence[Sequence[NamedParameter]], state: ParallelState, *, bucket_elements: int, sharded: bool
+        self,
+        stages: Sequence[Sequence[NamedParameter]],
+        state: ParallelState,
+        *,
+        bucket_elements: int,
+        sharded: bool,
+        overlap: bool = False,
     ) -> None:
         trained = [[(name, weight) for name, weight in stage if weight.requires_grad] for stage in stages]
         weights = [weight for stage in trained for _, weight in stage]
@@ -189,7 +234,9 @@ class GradientBuckets:
             for stage, named in enumerate(_once(trained))
             for members in _group(named, bucket_elements, shared)
         ]
+        self._overlap = overlap
         self._waiting = list(self.buckets)
+        self._under_way: list[Bucket] = []
 
     def zero_(self) -> None:
         """Start a step: no gradient yet."""
@@ -197,14 +244,45 @@ class GradientBuckets:
             bucket.gradients.zero_()
         self._waiting = list(self.buckets)
 
+    def layer_done(self, stage: int, layer: int) -> None:
+        """Tell that the gradients of this stage's layers from `layer` on are complete."""
+        if self._overlap:
+            self._reduce([bucket for bucket in self._local(stage) if bucket.is_done_with(layer)])
+
     def reduce(self, stage: int | None = None) -> None:
         """Sum the gradients of one stage, once they are complete; without a stage, of all that is left.
 
         What is tied across stages, of the pipeline or of this rank, is summed only by the last call, without a stage:
         earlier, the other end of the pipeline may be waiting for this rank's own work.
         """
-        chosen = [bucket for bucket in self._waiting if stage is None or (bucket.stage == stage and bucket.is_local)]
-        self._waiting = [bucket for bucket in self._waiting if bucket not in chosen]
+        if stage is not None:
+            self._reduce(self._local(stage))
+            return
         # those that wait for other stages come last
-        for bucket in sorted(chosen, key=lambda bucket: not bucket.is_local):
-            bucket.reduce()
+        self._reduce(sorted(self._waiting, key=lambda bucket: not bucket.is_local))
+        for bucket in self._under_way:
+            bucket.finish_reduce()
+        self._under_way = []
+
+    def _local(self, stage: int) -> list[Bucket]:
+        return [bucket for bucket in self._waiting if bucket.stage == stage and bucket.is_local]
+
+    def _reduce(self, chosen: Sequence[Bucket]) -> None:
+        self._waiting = [bucket for bucket in self._waiting if bucket not in chosen]
+        for bucket in chosen:
+            if self._overlap:
+                bucket.start_reduce()
+                self._under_way.append(bucket)
+            else:
+                bucket.reduce()
+
+    def await_weights(self, layer: int | None) -> None:
+        """Wait until the weights of a layer, or those outside of all layers, have been gathered."""
+        for bucket in self.buckets:
+            if layer in bucket.layers:
+                bucket.finish_gather()
+
+    def settle(self) -> None:
+        """Wait until all weights have been gathered."""
+        for bucket in self.buckets:
+            bucket.finish_gather()

@@ -46,20 +46,23 @@ class Shard:
         return AdamWSegment(segment.of(self.master), gradients, segment.of(self.exp_avg), segment.of(self.exp_avg_sq))
 
     def publish(self) -> None:
-        """Bring the updated weights into every replica's parameters."""
+        """Begin to bring the updated weights into every replica's parameters."""
         if self.has_master:
             self.bucket.own_weights.copy_(self.master)
-        self.bucket.gather_weights()
+        self.bucket.start_gather()
 
 
 class ShardedAdamW:
     """Updates the parameters behind `buckets` from their reduced gradients; decays only where the layout says so.
 
+    overlap: a step returns while the weights are still being gathered; `buckets` waits for them.
     Collective: all ranks step together.
     """
 
-    def __init__(self, buckets: GradientBuckets, config: OptimizerConfig) -> None:
+    def __init__(self, buckets: GradientBuckets, config: OptimizerConfig, *, overlap: bool = False) -> None:
         self.step_count = 0  # updates made
+        self._buckets = buckets
+        self._overlap = overlap
         self._config = config
         self._state = buckets.state
         self._shards = [Shard.of(bucket) for bucket in buckets.buckets]
@@ -72,6 +75,8 @@ class ShardedAdamW:
         self._update(lr, 0.0, decayed=False)
         for shard in self._shards:
             shard.publish()
+        if not self._overlap:
+            self._buckets.settle()
 
     def _update(self, lr: float, weight_decay: float, *, decayed: bool) -> None:
         config = self._config

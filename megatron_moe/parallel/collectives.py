@@ -4,13 +4,15 @@ A *partial* tensor must still be summed over the axis; a *replicated* one is the
 is cut along dim 0. Each function below names what it turns into what; its backward is the adjoint.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from megatron_moe.parallel.arrival import Arrival, Landed
 from megatron_moe.parallel.state import Axis
 
 
@@ -111,15 +113,43 @@ class _ReduceScatter(Function):
         return ctx.axis.comm.all_gather(grad, ctx.rows), None, None
 
 
-class _Exchange(Function):
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, axis: Axis, send: Sequence[int], receive: Sequence[int]) -> Tensor:
-        ctx.axis, ctx.send, ctx.receive = axis, send, receive
-        return axis.comm.all_to_all(tensor, send, receive)
+@dataclass
+class _Journey:
+    """What is under way between the two ends of an exchange."""
+
+    send: Sequence[int]
+    receive: Sequence[int]
+    rows: Arrival = field(default_factory=lambda: Landed(torch.empty(0)))
+    gradients: Arrival = field(default_factory=lambda: Landed(torch.empty(0)))
+
+
+class _Depart(Function):
+    """Starts an exchange of rows; waits for that of their gradients. Returns a token that stands for the rows."""
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return ctx.axis.comm.all_to_all(grad, ctx.receive, ctx.send), None, None, None
+    def forward(ctx: Any, tensor: Tensor, axis: Axis, journey: _Journey) -> Tensor:
+        ctx.journey = journey
+        journey.rows = axis.comm.start_all_to_all(tensor, journey.send, journey.receive)
+        return tensor.new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.journey.gradients.wait(), None, None
+
+
+class _Land(Function):
+    """Waits for an exchange of rows; starts that of their gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, token: Tensor, axis: Axis, journey: _Journey) -> Tensor:
+        ctx.axis, ctx.journey = axis, journey
+        return journey.rows.wait()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        journey = ctx.journey
+        journey.gradients = ctx.axis.comm.start_all_to_all(grad, journey.receive, journey.send)
+        return grad.new_empty(0), None, None
 
 
 def copy_to(tensor: Tensor, axis: Axis) -> Tensor:
@@ -152,6 +182,27 @@ def reduce_scatter(tensor: Tensor, axis: Axis, rows: Sequence[int]) -> Tensor:
     return _ReduceScatter.apply(tensor, axis, rows) if axis.size > 1 else tensor
 
 
-def exchange(tensor: Tensor, axis: Axis, send: Sequence[int], receive: Sequence[int]) -> Tensor:
-    """send[r] rows to rank r of the axis, receive[r] rows from it."""
-    return _Exchange.apply(tensor, axis, send, receive) if axis.size > 1 else tensor
+def nothing() -> None:
+    """What is done beside an exchange when there is nothing to do."""
+
+
+def exchange(
+    tensor: Tensor,
+    axis: Axis,
+    send: Sequence[int],
+    receive: Sequence[int],
+    beside: Callable[[], None] = nothing,
+) -> Tensor:
+    """send[r] rows to rank r of the axis, receive[r] rows from it.
+
+    beside: is computed while the rows travel, and its backward pass while their gradients do: autograd runs first what
+    was made last.
+    """
+    if axis.size == 1:
+        beside()
+        return tensor
+    journey = _Journey(send, receive)
+    token = _Depart.apply(tensor, axis, journey)
+    beside()
+    landed: Tensor = _Land.apply(token, axis, journey)
+    return landed

@@ -7,7 +7,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megatron_moe.pipeline.actions import Action, Entry, Kind, flat
+from megatron_moe.parallel.turns import Turns
+from megatron_moe.pipeline.actions import Action, Entry, Kind, Pair, flat
 from megatron_moe.pipeline.transfer import Edge, Transfer
 
 
@@ -17,7 +18,7 @@ class Played:
 
     outputs: dict[str, Tensor]  # for the next stage; empty from the last one
     losses: list[Tensor]  # () each, scaled: the stage's own part of the objective
-    run_weight_gradients: Callable[[], None]  # the second half of a split backward pass
+    run_weight_gradients: Callable[[], None]  # the second half of a split backward pass, as far as it has come
 
 
 class Program(Protocol):
@@ -26,8 +27,11 @@ class Program(Protocol):
     def edge(self, stage: int, microbatch: int) -> Edge:
         """What stage - 1 hands to this stage."""
 
-    def forward(self, stage: int, microbatch: int, inputs: dict[str, Tensor], *, split: bool) -> Played:
-        """split: weight gradients wait for run_weight_gradients."""
+    def forward(
+        self, stage: int, microbatch: int, inputs: dict[str, Tensor], *, split: bool, last: bool = False
+    ) -> Played:
+        """split: weight gradients wait for run_weight_gradients.   last: of this stage's microbatches, this one is the
+        last to have its gradients computed."""
 
 
 @dataclass(frozen=True)
@@ -36,26 +40,56 @@ class _Held:
     played: Played
 
 
+class _Step:
+    """One step under way: what its microbatches have left for later."""
+
+    def __init__(self, entries: Sequence[Entry], program: Program) -> None:
+        actions = flat(entries)
+        self.program = program
+        self.held: dict[tuple[int, int], _Held] = {}
+        self.split = any(isinstance(entry, Pair) for entry in entries) or any(
+            action.kind is Kind.BACKWARD_WEIGHT for action in actions
+        )
+        self.last = {action.stage: action for action in actions}
+
+    def forward(self, action: Action, inputs: dict[str, Tensor]) -> Played:
+        for tensor in inputs.values():
+            tensor.requires_grad_()
+        last = self.last[action.stage].microbatch == action.microbatch
+        played = self.program.forward(action.stage, action.microbatch, inputs, split=self.split, last=last)
+        self.held[action.stage, action.microbatch] = _Held(inputs, played)
+        return played
+
+
 class Executor:
-    """Plays this rank's actions. `complete(stage)` is called when the gradients of a stage are whole."""
+    """Plays this rank's actions. `complete(stage)` is called when the gradients of a stage are whole.
+
+    turns: how the two passes of a pair take turns.
+    """
 
     def __init__(
-        self, num_stages: int, transfer: Transfer, complete: Callable[[int], None] = lambda stage: None
+        self,
+        num_stages: int,
+        transfer: Transfer,
+        complete: Callable[[int], None] = lambda stage: None,
+        turns: Turns | None = None,
     ) -> None:
         self._num_stages = num_stages
         self._transfer = transfer
         self._complete = complete
+        self._turns = turns or Turns(torch.device("cpu"))
 
     def train(self, entries: Sequence[Entry], program: Program) -> None:
         """Forward and backward passes of one step."""
-        actions = flat(entries)
-        held: dict[tuple[int, int], _Held] = {}
-        split = any(action.kind is Kind.BACKWARD_WEIGHT for action in actions)
-        last = {action.stage: action for action in actions}
-        for action in actions:
-            self._play(action, program, held, split)
-            if last[action.stage] is action:
-                self._complete(action.stage)
+        step = _Step(entries, program)
+        for entry in entries:
+            if isinstance(entry, Pair):
+                self._play_pair(entry, step)
+            else:
+                self._play(entry, step)
+            for action in entry.parts:
+                if step.last[action.stage] is action:
+                    self._complete(action.stage)
         self._transfer.finish()
 
     def evaluate(self, entries: Sequence[Entry], program: Program) -> None:
@@ -66,22 +100,33 @@ class Executor:
                 self._pass_on(action, program, program.forward(action.stage, action.microbatch, inputs, split=False))
         self._transfer.finish()
 
-    def _play(self, action: Action, program: Program, held: dict[tuple[int, int], _Held], split: bool) -> None:
+    def _play(self, action: Action, step: _Step) -> None:
         key = (action.stage, action.microbatch)
         if action.kind is Kind.FORWARD:
-            inputs = self._inputs(action, program)
-            for tensor in inputs.values():
-                tensor.requires_grad_()
-            played = program.forward(action.stage, action.microbatch, inputs, split=split)
-            held[key] = _Held(inputs, played)
-            self._pass_on(action, program, played)
+            self._pass_on(action, step.program, step.forward(action, self._inputs(action, step.program)))
             return
         if action.kind is Kind.BACKWARD_WEIGHT:
-            held.pop(key).played.run_weight_gradients()
+            step.held.pop(key).played.run_weight_gradients()
             return
-        self._backward(action, program, held[key])
+        self._backward(step.held[key], self._gradients(action, step.program))
+        self._pass_back(action, step.program, step.held[key])
         if action.kind is Kind.BACKWARD:
-            held.pop(key).played.run_weight_gradients()
+            step.held.pop(key).played.run_weight_gradients()
+
+    def _play_pair(self, pair: Pair, step: _Step) -> None:
+        """Both passes at once. Weight gradients, for which nobody waits, are computed where both would wait."""
+        inputs = self._inputs(pair.forward, step.program)
+        gradients = self._gradients(pair.backward, step.program)
+        held = step.held.pop((pair.backward.stage, pair.backward.microbatch))
+        played: list[Played] = []
+        self._turns.together(
+            lambda: played.append(step.forward(pair.forward, inputs)),
+            lambda: self._backward(held, gradients),
+            filler=held.played.run_weight_gradients,
+        )
+        self._pass_on(pair.forward, step.program, played[0])
+        self._pass_back(pair.backward, step.program, held)
+        held.played.run_weight_gradients()
 
     def _inputs(self, action: Action, program: Program) -> dict[str, Tensor]:
         if action.stage == 0:
@@ -92,15 +137,17 @@ class Executor:
         if action.stage + 1 < self._num_stages:
             self._transfer.send_forward(played.outputs, program.edge(action.stage + 1, action.microbatch))
 
-    def _backward(self, action: Action, program: Program, held: _Held) -> None:
-        roots: list[Tensor] = list(held.played.losses)
-        gradients: list[Tensor | None] = [None] * len(roots)
-        if action.stage + 1 < self._num_stages:
-            received = self._transfer.receive_backward(program.edge(action.stage + 1, action.microbatch))
-            for name, gradient in received.items():
-                roots.append(held.played.outputs[name])
-                gradients.append(gradient)
-        torch.autograd.backward(roots, gradients)
+    def _gradients(self, action: Action, program: Program) -> dict[str, Tensor]:
+        """Of what the stage passed on."""
+        if action.stage + 1 == self._num_stages:
+            return {}
+        return self._transfer.receive_backward(program.edge(action.stage + 1, action.microbatch))
+
+    def _backward(self, held: _Held, gradients: dict[str, Tensor]) -> None:
+        roots = [*held.played.losses, *(held.played.outputs[name] for name in gradients)]
+        torch.autograd.backward(roots, [*(None for _ in held.played.losses), *gradients.values()])
+
+    def _pass_back(self, action: Action, program: Program, held: _Held) -> None:
         if action.stage:
             found = {name: _gradient(tensor) for name, tensor in held.inputs.items()}
             self._transfer.send_backward(found, program.edge(action.stage, action.microbatch))

@@ -6,7 +6,7 @@ deadlock.
 
 from collections.abc import Callable
 
-from megatron_moe.pipeline.actions import Action, Entry, Kind, Pipeline
+from megatron_moe.pipeline.actions import Action, Entry, Kind, Pair, Pipeline
 
 Schedule = Callable[[Pipeline], list[list[Entry]]]
 
@@ -41,6 +41,18 @@ def _1f1b_rank(rank: int, shape: Pipeline, split: bool) -> list[Entry]:
     return actions
 
 
+def overlapped_one_forward_one_backward(shape: Pipeline) -> list[list[Entry]]:
+    """1F1B in which the forward pass of one microbatch runs beside the backward pass of another."""
+    lists: list[list[Entry]] = []
+    for rank in range(shape.ranks):
+        warm_up = min(2 * (shape.ranks - 1 - rank) + 1, shape.microbatches)
+        forward = [Action(Kind.FORWARD, rank, number) for number in range(shape.microbatches)]
+        backward = [Action(Kind.BACKWARD, rank, number) for number in range(shape.microbatches)]
+        pairs = [Pair(ahead, behind) for ahead, behind in zip(forward[warm_up:], backward, strict=False)]
+        lists.append([*forward[:warm_up], *pairs, *backward[len(pairs) :]])
+    return lists
+
+
 def forward_only(shape: Pipeline) -> list[list[Entry]]:
     """Evaluation: a microbatch after the other through all rounds."""
     return [
@@ -57,4 +69,5 @@ SCHEDULES: dict[str, Schedule] = {
     "sequential": sequential,
     "1f1b": one_forward_one_backward,
     "1f1b_split": split_one_forward_one_backward,
+    "1f1b_overlap": overlapped_one_forward_one_backward,
 }

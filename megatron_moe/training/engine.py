@@ -1,7 +1,7 @@
 """Model, gradients, optimizer and pipeline of one rank: everything that a step of training needs, and no files."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -10,6 +10,7 @@ from megatron_moe.config.run import RunConfig
 from megatron_moe.data.batch import Batch
 from megatron_moe.layers.weight_gradients import collect_small_gradients
 from megatron_moe.models.build import build_stages, embedding_places, gpt_spec, initialise_stages
+from megatron_moe.models.gpt import GPTStage
 from megatron_moe.moe.sparse_layer import SparseLayer
 from megatron_moe.optim.clip import clip_
 from megatron_moe.optim.gradients import GradientBuckets
@@ -18,14 +19,15 @@ from megatron_moe.optim.zero import ShardedAdamW
 from megatron_moe.parallel.grid import Grid
 from megatron_moe.parallel.random import KeyedRandom
 from megatron_moe.parallel.state import ParallelState
+from megatron_moe.parallel.turns import Turns, yielding
 from megatron_moe.pipeline.actions import Pipeline
 from megatron_moe.pipeline.executor import Executor
 from megatron_moe.pipeline.schedules import SCHEDULES, forward_only
 from megatron_moe.pipeline.transfer import Transfer
 from megatron_moe.training.faults import check_finite
 from megatron_moe.training.metrics import LayerStats, MetricsReducer, StepMetrics
-from megatron_moe.training.objective import GlobalCounts, Objective
-from megatron_moe.training.step import StepProgram, count_batches
+from megatron_moe.training.objective import Objective
+from megatron_moe.training.step import Counting, StepProgram, count_batches
 
 
 def grid_of(config: RunConfig, world_size: int) -> Grid:
@@ -56,21 +58,26 @@ class Engine:
 
     def __init__(self, config: RunConfig, state: ParallelState, device: torch.device, vocab_size: int) -> None:
         """vocab_size: ids that mean something, before padding."""
+        turns = Turns(device)
+        state = replace(state, ep=yielding(state.ep, turns))
         self.config = config
         self.state = state
         self.device = device
         self.spec = gpt_spec(config, vocab_size)
-        self.stages = build_stages(self.spec, state)
-        initialise_stages(self.stages, state, config.training.seed, device)
-        for stage in self.stages:
+        self._stages = build_stages(self.spec, state)
+        initialise_stages(self._stages, state, config.training.seed, device)
+        for stage in self._stages:
             collect_small_gradients(stage)
         self.buckets = GradientBuckets(
-            [list(stage.named_parameters()) for stage in self.stages],
+            [list(stage.named_parameters()) for stage in self._stages],
             state,
             bucket_elements=config.parallel.ddp_bucket_size,
             sharded=config.parallel.use_distributed_optimizer,
+            overlap=config.parallel.overlap_grad_reduce,
         )
-        self.optimizer = ShardedAdamW(self.buckets, config.optimizer)
+        self.optimizer = ShardedAdamW(
+            self.buckets, config.optimizer, overlap=config.parallel.gathers_beside_computing
+        )
         self._random = KeyedRandom(config.training.seed)
         self.objective = Objective.of(config.moe)
         num_sparse = sum(layer.moe is not None for layer in self.spec.layers)
@@ -82,7 +89,14 @@ class Engine:
             state.pp.size,
             Transfer(state.pp, state.pp_back, device),
             complete=lambda stage: self.buckets.reduce(stage - state.pp.rank),
+            turns=turns,
         )
+
+    @property
+    def stages(self) -> list[GPTStage]:
+        """This rank's stages, their weights whole."""
+        self.buckets.settle()
+        return self._stages
 
     @property
     def modules(self) -> list[nn.Module]:
@@ -103,7 +117,7 @@ class Engine:
         self._executor.train(schedule[self.state.pp.rank], program)
         self.buckets.reduce()
         norm = clip_(self.buckets, self.config.optimizer.clip_grad)
-        metrics = self._metrics.reduce(program.findings, counts)
+        metrics = self._metrics.reduce(program.findings, counts.result)
         if training.check_for_nan_in_loss_and_grad:
             local = program.findings.loss
             healthy = local is None or bool(local.isfinite())
@@ -118,17 +132,17 @@ class Engine:
         program, counts = self._program(batches, self._random, Objective(), train=False)
         schedule = forward_only(Pipeline(self.state.pp.size, len(batches)))
         self._executor.evaluate(schedule[self.state.pp.rank], program)
-        return self._validation_metrics.reduce(program.findings, counts), counts.loss_tokens
+        return self._validation_metrics.reduce(program.findings, counts.result), counts.result.loss_tokens
 
     def _program(
         self, batches: Sequence[Batch], random: KeyedRandom, objective: Objective, *, train: bool
-    ) -> tuple[StepProgram, GlobalCounts]:
+    ) -> tuple[StepProgram, Counting]:
         groups = {"decoder": self.config.moe.routing_group_samples}
         if self.spec.encoder_layers:
             groups["encoder"] = self.config.encoder_moe.routing_group_samples
         counts = count_batches(batches, groups, objective.num_passes, self.state, self.device, self.spec.encoder_layers)
         program = StepProgram(
-            self.stages,
+            self._stages,
             batches,
             counts,
             self.state,
@@ -138,11 +152,13 @@ class Engine:
             objective=objective,
             aux_share=self._aux_share,
             chunk=self.config.parallel.cross_entropy_chunk_size,
+            await_weights=self.buckets.await_weights,
+            layer_done=lambda stage, layer: self.buckets.layer_done(stage - self.state.pp.rank, layer),
         )
         return program, counts
 
     def _moe_layers(self) -> dict[int, SparseLayer]:
-        return {index: layer for stage in self.stages for index, layer in stage.moe_layers().items()}
+        return {index: layer for stage in self._stages for index, layer in stage.moe_layers().items()}
 
     def _after_step(self, layers: LayerStats) -> None:
         if not layers:

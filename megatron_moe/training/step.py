@@ -1,7 +1,8 @@
 """One step: the program that the pipeline plays, and what it found."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from megatron_moe.layers.context_parallel import context_rows
 from megatron_moe.layers.weight_gradients import Deferred, Immediate
 from megatron_moe.models.gpt import GPTStage, StageOutput
 from megatron_moe.moe.plan import RoutingReport
+from megatron_moe.parallel.arrival import Arrival
 from megatron_moe.parallel.random import KeyedRandom
 from megatron_moe.parallel.state import ParallelState
 from megatron_moe.pipeline.executor import Played
@@ -49,6 +51,24 @@ def view_of(
     )
 
 
+class Counting:
+    """Counts of a global batch that are still being summed over the ranks."""
+
+    def __init__(self, summing: Arrival, streams: Sequence[str], num_passes: int, encoder_layers: int) -> None:
+        self._summing = summing
+        self._streams = streams
+        self._num_passes = num_passes
+        self._encoder_layers = encoder_layers
+
+    @cached_property
+    def result(self) -> GlobalCounts:
+        """Waits for it, and for the device."""
+        total, *often = self._summing.wait().tolist()
+        numbers = iter(self._num_passes * int(number) for number in often)
+        streams = {name: StreamCounts(next(numbers), next(numbers), next(numbers)) for name in self._streams}
+        return GlobalCounts(total, streams["decoder"], streams.get("encoder"), self._encoder_layers)
+
+
 def count_batches(
     batches: Sequence[Batch],
     group_samples: Mapping[str, int],
@@ -56,17 +76,15 @@ def count_batches(
     state: ParallelState,
     device: torch.device,
     encoder_layers: int = 0,
-) -> GlobalCounts:
+) -> Counting:
     """Counts over the global batch: each data-parallel rank brings its own microbatches.
 
     group_samples: samples of a routing group, by stream.
     """
     loss_tokens = sum(float(batch.decoder.loss_mask.sum()) for batch in batches)
     own = [loss_tokens, *(number for name, size in group_samples.items() for number in _count(batches, name, size))]
-    total, *often = state.dp.comm.all_reduce_(torch.tensor(own, dtype=torch.float64, device=device)).tolist()
-    numbers = iter(num_passes * int(number) for number in often)
-    streams = {name: StreamCounts(next(numbers), next(numbers), next(numbers)) for name in group_samples}
-    return GlobalCounts(total, streams["decoder"], streams.get("encoder"), encoder_layers)
+    summing = state.dp.comm.start_all_reduce_(torch.tensor(own, dtype=torch.float64, device=device))
+    return Counting(summing, list(group_samples), num_passes, encoder_layers)
 
 
 def _count(batches: Sequence[Batch], stream: str, group_samples: int) -> tuple[int, int, int]:
@@ -110,7 +128,7 @@ class StepProgram:
         self,
         stages: Sequence[GPTStage],
         batches: Sequence[Batch],
-        counts: GlobalCounts,
+        counts: Counting,
         state: ParallelState,
         random: KeyedRandom,
         device: torch.device,
@@ -119,10 +137,15 @@ class StepProgram:
         objective: Objective,
         aux_share: float = 1.0,
         chunk: int | None = None,
+        await_weights: Callable[[int | None], None] | None = None,
+        layer_done: Callable[[int, int], None] | None = None,
     ) -> None:
         """random: at (seed, step).   aux_share: what each layer's auxiliary losses are multiplied by.   chunk: tokens
-        whose logits are in memory at once; None: all."""
+        whose logits are in memory at once; None: all.   await_weights: as in ForwardContext.   layer_done: told stage
+        and layer in a stage's last backward pass."""
         self._chunk = chunk
+        self._await_weights = await_weights
+        self._layer_done = layer_done
         self._stages = dict(enumerate(stages, start=state.pp.rank))
         self._batches = batches
         self._views = [self._views_of(batch, state, objective.num_passes, device) for batch in batches]
@@ -153,11 +176,15 @@ class StepProgram:
             train=self._train,
             sequence_parallel=any_stage.spec.sequence_parallel,
             weight_gradients=sink,
+            await_weights=self._await_weights,
             with_logits=self._chunk is None,
         )
 
-    def forward(self, stage: int, microbatch: int, inputs: dict[str, Tensor], *, split: bool) -> Played:
-        sink = Deferred() if split else Immediate()
+    def forward(
+        self, stage: int, microbatch: int, inputs: dict[str, Tensor], *, split: bool, last: bool = False
+    ) -> Played:
+        done = partial(self._layer_done, stage) if last and self._layer_done is not None else None
+        sink = Deferred(done) if split else Immediate(done)
         ctx = self._context(microbatch, sink if self._train else None)
         output = self._stages[stage](inputs, ctx)
         losses = self._losses(self._stages[stage], microbatch, output, ctx)
@@ -167,13 +194,14 @@ class StepProgram:
     def _losses(self, stage: GPTStage, microbatch: int, output: StageOutput, ctx: ForwardContext) -> list[Tensor]:
         losses = []
         for report in output.reports:
+            counts = self._counts.result
             self.findings.add_report(report)
             weighed = [loss for loss in report.aux_losses.values() if isinstance(loss.weight, Tensor) or loss.weight]
-            losses += [loss.share * (self._counts.aux_scale(loss, report.layer) * self._aux_share) for loss in weighed]
+            losses += [loss.share * (counts.aux_scale(loss, report.layer) * self._aux_share) for loss in weighed]
         if stage.last:
             found = self._token_losses(stage, self._targets(microbatch, ctx), output, ctx)
             self.findings.add_losses(found)
-            losses.append(found.objective(self._objective) / max(1.0, self._counts.loss_tokens))
+            losses.append(found.objective(self._objective) / max(1.0, self._counts.result.loss_tokens))
         return losses
 
     def _targets(self, microbatch: int, ctx: ForwardContext) -> Targets:

@@ -28,6 +28,7 @@ MOE_VALUES: dict[str, Any] = {
     "slot_priority": "k_major",
     "shared_expert_intermediate_size": 64,
     "shared_expert_gate": True,
+    "shared_expert_overlap": False,
     "token_dispatcher_type": "alltoall",
     "routing_group_samples": 1,
     "router_options": {"jitter": "0.1"},
@@ -79,13 +80,18 @@ WSD = {"optimizer.lr_decay_style": "WSD", "optimizer.lr_wsd_decay_iters": 5}
 # what is refused alone, and what makes it count
 CASES: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
     ({"moe.token_drop_policy": "position"}, "without a capacity", CAPACITY),
+    (
+        {"parallel.overlap_param_gather": False, "parallel.use_distributed_optimizer": False},
+        "--no-overlap-param-gather (from the recipe) has no effect without --use-distributed-optimizer",
+        {"parallel.use_distributed_optimizer": True},
+    ),
     ({"moe.capacity_includes_k": False}, "--no-moe-capacity-includes-k (from the recipe) has no effect", CAPACITY),
     ({"moe.capacity_rounding": "ceil"}, "without a capacity", CAPACITY),
     ({"moe.min_capacity": 4}, "give --moe-expert-capacity-factor.", CAPACITY),
     ({"moe.slot_priority": "k_major"}, "without a capacity", CAPACITY),
     ({"moe.eval_capacity_factor": 2.0}, "without a capacity", CAPACITY),
     (
-        {"moe.shared_expert_gate": True},
+        {"moe.shared_expert_gate": True, "moe.shared_expert_overlap": False},
         "--moe-shared-expert-gate (from the recipe) has no effect without a shared expert",
         {"moe.shared_expert_intermediate_size": 64},
     ),

@@ -15,7 +15,7 @@ from megatron_moe.layers.attention_core import GatheredAttention
 from megatron_moe.moe import losses
 from megatron_moe.moe.routers import router
 from megatron_moe.optim import clip
-from megatron_moe.optim.gradients import Bucket
+from megatron_moe.optim.gradients import Bucket, GradientBuckets
 from megatron_moe.parallel import collectives
 from megatron_moe.parallel.layout import ParamLayout
 from megatron_moe.parallel.random import KeyedRandom
@@ -73,7 +73,7 @@ def _draws_by_row(self: KeyedRandom, keys: torch.Tensor) -> torch.Tensor:
     return RIGHT_UNIFORM(self, torch.arange(keys.numel()).view(keys.shape))
 
 
-RIGHT_REDUCE = Bucket.reduce
+RIGHT_REDUCE = Bucket.finish_reduce
 RIGHT_UNIFORM = KeyedRandom.uniform
 
 MISTAKES = {
@@ -99,15 +99,23 @@ MISTAKES = {
         collectives._ReduceScatter, "backward", _backward(_others_missing, 2), {TP: 2}
     ),
     "gradients of expert rows do not travel back": Mistake(
-        collectives._Exchange,
+        collectives._Depart,
         "backward",
-        _backward(lambda ctx, grad: grad.new_zeros((sum(ctx.send), *grad.shape[1:])), 3),
+        _backward(lambda ctx, grad: torch.zeros_like(ctx.journey.gradients.wait()), 2),
         {EP: 2},
     ),
     "norms not summed over tp": Mistake(norm, "ParamLayout", _layout_without("tp"), {TP: 2}),
     "routers not summed over tp": Mistake(router, "ParamLayout", _layout_without("tp"), {TP: 2}),
-    "tied embeddings not summed over the pipeline": Mistake(Bucket, "reduce", _reduce_without_further_axes, {PP: 2}),
-    "gradients averaged over replicas": Mistake(Bucket, "reduce", _reduce_and_average, {}),
+    "tied embeddings not summed over the pipeline": Mistake(
+        Bucket, "finish_reduce", _reduce_without_further_axes, {PP: 2}
+    ),
+    "a bucket summed before all of its layers are done": Mistake(
+        Bucket, "is_done_with", lambda self, layer: None not in self.layers, {}
+    ),
+    "a layer run before its weights have been gathered": Mistake(
+        GradientBuckets, "await_weights", lambda self, layer: None, {}
+    ),
+    "gradients averaged over replicas": Mistake(Bucket, "finish_reduce", _reduce_and_average, {}),
     "replicas counted twice in the norm": Mistake(Bucket, "speaks_for", lambda self, layout: True, {TP: 2}),
     "clipping by the norm of one rank": Mistake(clip, "global_norm", _local_norm, {}),
     "auxiliary losses not divided by the groups": Mistake(

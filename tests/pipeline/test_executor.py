@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_moe.parallel.grid import Grid
 from megatron_moe.parallel.state import ParallelState
-from megatron_moe.pipeline.actions import Kind, Pipeline, flat
+from megatron_moe.pipeline.actions import Kind, Pair, Pipeline, flat
 from megatron_moe.pipeline.executor import Executor, Played
 from megatron_moe.pipeline.schedules import SCHEDULES, forward_only
 from megatron_moe.pipeline.transfer import Edge, Transfer
@@ -64,6 +64,7 @@ class Toy:
         self.gradient = torch.zeros_like(self.weight)
         self.loss = 0.0
         self.calls: list[str] = []
+        self.last: list[int] = []  # microbatches that were said to be the last
 
     def edge(self, stage: int, microbatch: int) -> Edge:
         shape = tuple(batch(microbatch).shape)
@@ -73,11 +74,14 @@ class Toy:
             "unused": ((1, WIDTH), torch.float64),
         }
 
-    def forward(self, stage: int, microbatch: int, inputs: dict[str, Tensor], *, split: bool) -> Played:
+    def forward(
+        self, stage: int, microbatch: int, inputs: dict[str, Tensor], *, split: bool, last: bool = False
+    ) -> Played:
         weight = self.weight.clone().requires_grad_(torch.is_grad_enabled())
         outputs, loss = step(stage, weight, inputs, microbatch)
         self.loss += float(loss.detach())
         self.calls.append(f"F{microbatch}{'s' if split else ''}")
+        self.last += [microbatch] * last
 
         def run_weight_gradients() -> None:
             assert weight.grad is not None
@@ -106,6 +110,7 @@ def play(rank: int, world_size: int, name: str) -> dict[str, Any]:
         "evaluated": toy.loss,
         "calls": toy.calls[: 2 * MICROBATCHES],
         "completed": completed,
+        "last": toy.last,
     }
 
 
@@ -121,13 +126,15 @@ def test_three_stages_equal_the_function_in_one_piece(name: str) -> None:
         # gradients are called whole once, after the last of them
         assert found["completed"] == [(stage, found["calls"])]
         # what was played is what the schedule says
-        split = "s" if name.endswith("split") else ""
+        entries = SCHEDULES[name](SHAPE)[stage]
+        split = "s" if any(isinstance(entry, Pair) or entry.kind is Kind.BACKWARD_WEIGHT for entry in entries) else ""
         order = [
             f"F{action.microbatch}{split}" if action.kind is Kind.FORWARD else f"W{action.microbatch}"
-            for action in flat(SCHEDULES[name](SHAPE)[stage])
+            for action in flat(entries)
             if action.kind is not Kind.BACKWARD_INPUT
         ]
         assert found["calls"] == order
+        assert found["last"] == [int(found["calls"][-1].removeprefix("W"))]
 
 
 def alone(toy: Toy) -> Executor:
@@ -138,7 +145,9 @@ def alone(toy: Toy) -> Executor:
 class OneStage(Toy):
     """The last stage only, fed with its own batch."""
 
-    def forward(self, stage: int, microbatch: int, inputs: dict[str, Tensor], *, split: bool) -> Played:
+    def forward(
+        self, stage: int, microbatch: int, inputs: dict[str, Tensor], *, split: bool, last: bool = False
+    ) -> Played:
         played = super().forward(stage, microbatch, inputs, split=split)
         return Played({}, played.losses, played.run_weight_gradients)
 

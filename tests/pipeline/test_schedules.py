@@ -87,12 +87,14 @@ def test_a_missing_or_doubled_action_is_found_wherever_it_is(name: str) -> None:
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_a_backward_pass_before_its_forward_pass_is_found(name: str) -> None:
     lists = SCHEDULES[name](Pipeline(3, 4))
-    for rank, actions in enumerate(lists):
-        forward = actions.index(Action(F, rank, 2))
+    for rank, entries in enumerate(lists):
+        forward = next(place for place, entry in enumerate(entries) if Action(F, rank, 2) in entry.parts)
         backward = next(
-            place for place, action in enumerate(actions) if action.kind in (B, I) and action.microbatch == 2
+            place
+            for place, entry in enumerate(entries)
+            if any(action.kind in (B, I) and action.microbatch == 2 for action in entry.parts)
         )
-        swapped = list(actions)
+        swapped = list(entries)
         swapped[forward], swapped[backward] = swapped[backward], swapped[forward]
         with pytest.raises(ValueError, match="waits forever"):
             check_schedule([*lists[:rank], swapped, *lists[rank + 1 :]], Pipeline(3, 4))

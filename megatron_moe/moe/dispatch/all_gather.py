@@ -1,5 +1,6 @@
 """Every rank sees every token and serves those of its own experts: simple, good for few ranks."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 from megatron_moe.moe.dispatch.dispatcher import Dispatcher, ExpertBatch
 from megatron_moe.moe.plan import RoutingPlan
 from megatron_moe.ops.permute import Copies, combine, copies_of, permute
-from megatron_moe.parallel.collectives import gather_counts, gather_for_partial, reduce_scatter
+from megatron_moe.parallel.collectives import gather_counts, gather_for_partial, nothing, reduce_scatter
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,10 @@ class _WayHome:
 class AllGatherDispatcher(Dispatcher):
     """Gathers tokens and assignments over etp and ep, keeps the local experts', sums answers on the way back."""
 
-    def dispatch(self, tokens: Tensor, plan: RoutingPlan, keys: Tensor | None = None) -> ExpertBatch:
+    def dispatch(
+        self, tokens: Tensor, plan: RoutingPlan, keys: Tensor | None = None, beside: Callable[[], None] = nothing
+    ) -> ExpertBatch:
+        beside()
         device = tokens.device
         etp_rows = gather_counts(tokens.shape[0], self.etp, device)
         ep_rows = gather_counts(sum(etp_rows), self.ep, device)

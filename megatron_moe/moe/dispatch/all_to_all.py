@@ -1,5 +1,6 @@
 """Permute, exchange over ep, gather over etp, group by expert; and back."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,7 @@ from megatron_moe.moe.dispatch.dispatcher import Dispatcher, ExpertBatch
 from megatron_moe.moe.dispatch.local import by_expert
 from megatron_moe.moe.plan import RoutingPlan
 from megatron_moe.ops.permute import Copies, combine, copies_of, permute
-from megatron_moe.parallel.collectives import exchange, gather_for_partial, reduce_scatter
+from megatron_moe.parallel.collectives import exchange, gather_for_partial, nothing, reduce_scatter
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,9 @@ class _WayHome:
 class AllToAllDispatcher(Dispatcher):
     """Sends one row for each assignment straight to the rank that holds its expert. Experts stand in order over ep."""
 
-    def dispatch(self, tokens: Tensor, plan: RoutingPlan, keys: Tensor | None = None) -> ExpertBatch:
+    def dispatch(
+        self, tokens: Tensor, plan: RoutingPlan, keys: Tensor | None = None, beside: Callable[[], None] = nothing
+    ) -> ExpertBatch:
         order, counts = by_expert(plan)
         copies = copies_of(plan.token_ids[order], plan.num_tokens)
         weights = plan.combine_weights.index_select(0, order)
@@ -33,7 +36,7 @@ class AllToAllDispatcher(Dispatcher):
         arriving = self._arriving(counts, tokens.device)  # (etp, ep, e)
         send = [sum(counts[r * self.local_experts : (r + 1) * self.local_experts]) for r in range(self.ep.size)]
         receive: list[int] = arriving[self.etp.rank].sum(dim=-1).tolist()
-        rows = exchange(rows, self.ep, send, receive)
+        rows = exchange(rows, self.ep, send, receive, beside)
         parts: list[int] = arriving.sum(dim=(1, 2)).tolist()
         rows = gather_for_partial(rows, self.etp, parts)
         # received as (etp, ep, expert) runs; experts want (expert, etp, ep)

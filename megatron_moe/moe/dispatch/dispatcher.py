@@ -1,12 +1,14 @@
 """The interface of a dispatcher: it knows ranks and no scores, and has no weights."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from megatron_moe.moe.plan import RoutingPlan
+from megatron_moe.parallel.collectives import nothing
 from megatron_moe.parallel.state import Axis
 
 
@@ -30,8 +32,11 @@ class Dispatcher(ABC):
         self.etp = etp
 
     @abstractmethod
-    def dispatch(self, tokens: Tensor, plan: RoutingPlan, keys: Tensor | None = None) -> ExpertBatch:
-        """tokens: (T, H), this rank's.   keys: (T,) int64 that travel along, for draws of the experts."""
+    def dispatch(
+        self, tokens: Tensor, plan: RoutingPlan, keys: Tensor | None = None, beside: Callable[[], None] = nothing
+    ) -> ExpertBatch:
+        """tokens: (T, H), this rank's.   keys: (T,) int64 that travel along, for draws of the experts.   beside: called
+        once, while the tokens travel."""
 
     @abstractmethod
     def combine(self, answers: Tensor, batch: ExpertBatch) -> Tensor:

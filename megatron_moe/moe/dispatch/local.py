@@ -1,5 +1,6 @@
 """All experts whole on this rank: a permutation."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -7,6 +8,7 @@ from torch import Tensor
 from megatron_moe.moe.dispatch.dispatcher import Dispatcher, ExpertBatch
 from megatron_moe.moe.plan import RoutingPlan
 from megatron_moe.ops.permute import Copies, combine, copies_of, permute
+from megatron_moe.parallel.collectives import nothing
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,10 @@ def by_expert(plan: RoutingPlan) -> tuple[Tensor, list[int]]:
 class LocalDispatcher(Dispatcher):
     """Brings rows into expert order, and adds up the answers from there."""
 
-    def dispatch(self, tokens: Tensor, plan: RoutingPlan, keys: Tensor | None = None) -> ExpertBatch:
+    def dispatch(
+        self, tokens: Tensor, plan: RoutingPlan, keys: Tensor | None = None, beside: Callable[[], None] = nothing
+    ) -> ExpertBatch:
+        beside()
         order, counts = by_expert(plan)
         copies = copies_of(plan.token_ids[order], plan.num_tokens)
         weights = plan.combine_weights.index_select(0, order)

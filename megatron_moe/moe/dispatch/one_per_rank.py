@@ -3,6 +3,7 @@
 What SAM (arXiv:2110.07431) and small memory blocks want: the bytes on the wire do not grow with k inside a rank.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from megatron_moe.moe.dispatch.dispatcher import Dispatcher, ExpertBatch
 from megatron_moe.moe.plan import RoutingPlan
 from megatron_moe.ops.permute import Copies, combine, copies_of, permute
-from megatron_moe.parallel.collectives import exchange, gather_counts, gather_for_partial, reduce_scatter
+from megatron_moe.parallel.collectives import exchange, gather_counts, gather_for_partial, nothing, reduce_scatter
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,11 @@ class _WayHome:
 class OnePerRankDispatcher(Dispatcher):
     """Sends one row for each (token, rank) pair, with the (expert, weight) pairs beside it."""
 
-    def dispatch(self, tokens: Tensor, plan: RoutingPlan, keys: Tensor | None = None) -> ExpertBatch:
+    def dispatch(
+        self, tokens: Tensor, plan: RoutingPlan, keys: Tensor | None = None, beside: Callable[[], None] = nothing
+    ) -> ExpertBatch:
         visits = self._visits(plan)
-        rows, receive, parts = self._send_rows(tokens, visits)
+        rows, receive, parts = self._send_rows(tokens, visits, beside)
         who, weights = self._send_assignments(plan, visits, receive, parts)
         counts: list[int] = who[:, 1].bincount(minlength=self.local_experts).tolist()
         order = who[:, 1].argsort(stable=True)
@@ -67,9 +70,11 @@ class OnePerRankDispatcher(Dispatcher):
             send_assignments=ranks.bincount(minlength=self.ep.size).tolist(),
         )
 
-    def _send_rows(self, tokens: Tensor, visits: _Visits) -> tuple[Tensor, list[int], list[int]]:
+    def _send_rows(
+        self, tokens: Tensor, visits: _Visits, beside: Callable[[], None]
+    ) -> tuple[Tensor, list[int], list[int]]:
         receive = self._swap_counts(visits.send, tokens.device)
-        rows = exchange(permute(tokens, visits.copies), self.ep, visits.send, receive)
+        rows = exchange(permute(tokens, visits.copies), self.ep, visits.send, receive, beside)
         parts = gather_counts(rows.shape[0], self.etp, tokens.device)
         return gather_for_partial(rows, self.etp, parts), receive, parts
 

@@ -44,7 +44,7 @@ class LayerSite:
 ROUTED_ONLY = (
     *("router_pre_softmax", "aux_loss_coeff", "z_loss_coeff", "expert_bias", "expert_dropout"),
     *("expert_capacity_factor", *PLACES),
-    *("shared_expert_intermediate_size", "shared_expert_gate"),
+    *("shared_expert_intermediate_size", "shared_expert_gate", "shared_expert_overlap"),
 )
 
 

@@ -6,7 +6,7 @@ import hashlib
 import math
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from megatron_moe.data.batch import Batch
 from megatron_moe.moe.layer import MoELayer
 from megatron_moe.moe.methods import deciding_part
 from megatron_moe.moe.plan import RoutingPlan
+from megatron_moe.parallel.collectives import nothing
 from megatron_moe.parallel.state import ParallelState
 from megatron_moe.training.engine import Engine
 from megatron_moe.training.metrics import summarise_routing
@@ -179,7 +180,9 @@ class _Listener:
         self.dispatch = layer.dispatcher.dispatch
         self.rows = self.tokens = 0.0
 
-    def __call__(self, tokens: Tensor, plan: RoutingPlan, keys: Tensor | None = None) -> Any:
+    def __call__(
+        self, tokens: Tensor, plan: RoutingPlan, keys: Tensor | None = None, beside: Callable[[], None] = nothing
+    ) -> Any:
         served = plan.expert_ids < plan.num_experts
         ranks = plan.expert_ids[served] * RANKS // plan.num_experts
         home = plan.token_ids[served] * RANKS // max(1, plan.num_tokens)
@@ -189,7 +192,7 @@ class _Listener:
             leaving = leaving.unique()
         self.rows += leaving.numel()
         self.tokens += plan.num_tokens
-        return self.dispatch(tokens, plan, keys)
+        return self.dispatch(tokens, plan, keys, beside)
 
 
 def _travelling_rows(engine: Engine, batch: Batch) -> float | None:

@@ -1,0 +1,148 @@
+"""Two pieces of work that take turns: while the one waits for what travels between ranks, the other computes.
+
+Each runs on a thread of its own and only one runs at a time, so that the order of all that they do, their collectives
+too, is the same on every rank: a piece gives way exactly where it waits for an axis that was made `yielding`.
+"""
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from megatron_moe.parallel.arrival import Arrival
+from megatron_moe.parallel.communicator import Communicator, Pending
+from megatron_moe.parallel.state import Axis
+
+Work = Callable[[], None]
+
+
+class _AbandonedError(Exception):
+    """Ends a piece of work whose companion failed."""
+
+
+class Turns:
+    """Runs two pieces of work, turn by turn; outside of `together` giving way does nothing."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._changed = threading.Condition()
+        self._turn: int | None = None  # 0 or 1: whose; None: nobody shares
+        self._over = [True, True]
+        self._failures: list[BaseException] = []
+        self._fillers: list[Work | None] = [None, None]
+
+    def together(self, first: Work, second: Work, *, filler: Work | None = None) -> None:
+        """Both, from beginning to end; `first` begins. Returns when both are over.
+
+        filler: what `second` can do on its own before it gives way.   Raises what one of them raised; the other is
+        ended where it waits.
+        """
+        self._turn, self._over, self._failures, self._fillers = 0, [False, False], [], [None, filler]
+        thread = threading.Thread(target=self._play, args=(1, second), name="second-turn", daemon=True)
+        thread.start()
+        self._play(0, first)
+        thread.join()
+        self._turn = None
+        if self._failures:
+            raise self._failures[0]
+
+    def give_way(self) -> None:
+        """Let the other go on, until it waits itself or is over."""
+        mine = self._turn
+        if mine is None:
+            return
+        filler = self._fillers[mine]
+        if filler is not None:
+            filler()
+        other = 1 - mine
+        if not self._over[other]:
+            self._hand_over(other)
+            self._await_turn(mine)
+
+    def _play(self, number: int, work: Work) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)  # each thread has its own
+        try:
+            self._await_turn(number)
+            work()
+        except _AbandonedError:
+            pass
+        except BaseException as error:  # also of KeyboardInterrupt the other has to be told
+            self._failures.append(error)
+        finally:
+            with self._changed:
+                self._over[number] = True
+                self._turn = 1 - number
+                self._changed.notify_all()
+
+    def _hand_over(self, other: int) -> None:
+        with self._changed:
+            self._turn = other
+            self._changed.notify_all()
+
+    def _await_turn(self, number: int) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._turn == number)
+        if self._failures:
+            raise _AbandonedError
+
+
+class _YieldingArrival(Arrival):
+    def __init__(self, inner: Arrival, turns: Turns) -> None:
+        self._inner = inner
+        self._turns = turns
+
+    def wait(self) -> Tensor:
+        self._turns.give_way()
+        return self._inner.wait()
+
+
+class Yielding(Communicator):
+    """A communicator that gives way before it waits for a collective."""
+
+    def __init__(self, inner: Communicator, turns: Turns) -> None:
+        self._inner = inner
+        self._turns = turns
+
+    def all_reduce_(self, tensor: Tensor, op: str = "sum") -> Tensor:
+        return self.start_all_reduce_(tensor, op).wait()
+
+    def all_gather(self, tensor: Tensor, rows: Sequence[int]) -> Tensor:
+        return self.start_all_gather(tensor, rows).wait()
+
+    def reduce_scatter(self, tensor: Tensor, rows: Sequence[int]) -> Tensor:
+        return self.start_reduce_scatter(tensor, rows).wait()
+
+    def all_to_all(self, tensor: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
+        return self.start_all_to_all(tensor, send, receive).wait()
+
+    def start_all_reduce_(self, tensor: Tensor, op: str = "sum") -> Arrival:
+        return _YieldingArrival(self._inner.start_all_reduce_(tensor, op), self._turns)
+
+    def start_all_gather(self, tensor: Tensor, rows: Sequence[int]) -> Arrival:
+        return _YieldingArrival(self._inner.start_all_gather(tensor, rows), self._turns)
+
+    def start_reduce_scatter(self, tensor: Tensor, rows: Sequence[int]) -> Arrival:
+        return _YieldingArrival(self._inner.start_reduce_scatter(tensor, rows), self._turns)
+
+    def start_all_to_all(self, tensor: Tensor, send: Sequence[int], receive: Sequence[int]) -> Arrival:
+        return _YieldingArrival(self._inner.start_all_to_all(tensor, send, receive), self._turns)
+
+    def broadcast_(self, tensor: Tensor, source: int) -> Tensor:
+        return self._inner.broadcast_(tensor, source)
+
+    def send(self, tensor: Tensor, to: int) -> Pending:
+        return self._inner.send(tensor, to)
+
+    def receive_(self, tensor: Tensor, source: int) -> Pending:
+        return self._inner.receive_(tensor, source)
+
+    def barrier(self) -> None:
+        self._inner.barrier()
+
+
+def yielding(axis: Axis, turns: Turns) -> Axis:
+    """The axis, of which a piece of work that waits for it gives way to the other."""
+    return axis if axis.size == 1 else replace(axis, comm=Yielding(axis.comm, turns))
