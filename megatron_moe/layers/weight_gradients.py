@@ -1,6 +1,7 @@
 """Where a product's weight gradient goes: into the parameter's wide sum now, or later when the schedule says so."""
 
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -43,7 +44,7 @@ class Deferred(WeightGradients):
 
     def __init__(self, done: LayerDone | None = None) -> None:
         self._done = done
-        self._waiting: list[Callable[[], None]] = []
+        self._waiting: deque[Callable[[], None]] = deque()
 
     def add(self, parameter: Tensor, accumulate: Accumulate) -> None:
         self._waiting.append(partial(_accumulate, parameter, accumulate))
@@ -54,9 +55,15 @@ class Deferred(WeightGradients):
 
     def run(self) -> None:
         """All that has come together so far."""
-        waiting, self._waiting = self._waiting, []
-        for work in waiting:
-            work()
+        while self.run_one():
+            pass
+
+    def run_one(self) -> bool:
+        """The oldest of it; False when there is none."""
+        if not self._waiting:
+            return False
+        self._waiting.popleft()()
+        return True
 
 
 def _accumulate(parameter: Tensor, accumulate: Accumulate) -> None:

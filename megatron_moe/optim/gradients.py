@@ -155,15 +155,13 @@ class Bucket:
 
     def start_gather(self) -> None:
         if self.sharded:
-            self._gathering = self.axis.comm.start_all_gather(self.own_weights, self._rows())
+            self._gathering = self.axis.comm.start_all_gather_(self.weights, self.own_weights)
 
     def finish_gather(self) -> None:
         """Wait until the weights are whole; returns at once when they are."""
-        if self._gathering is None:
-            return
-        whole, self._gathering = self._gathering.wait(), None
-        if self.axis.size > 1:
-            self.weights.copy_(whole)
+        if self._gathering is not None:
+            self._gathering.wait()
+            self._gathering = None
 
     def _rows(self) -> list[int]:
         return [self.shard_elements] * self.axis.size

@@ -14,6 +14,10 @@ class Arrival(ABC):
     def wait(self) -> Tensor:
         """The whole tensor; to be called once."""
 
+    @abstractmethod
+    def is_here(self) -> bool:
+        """Whether waiting would take no time, as far as the host knows."""
+
 
 class Landed(Arrival):
     """One that needed no time."""
@@ -23,6 +27,9 @@ class Landed(Arrival):
 
     def wait(self) -> Tensor:
         return self._tensor
+
+    def is_here(self) -> bool:
+        return True
 
 
 class Flying(Arrival):
@@ -37,6 +44,9 @@ class Flying(Arrival):
     def wait(self) -> Tensor:
         self._work.wait()
         return self._then(self._filled)
+
+    def is_here(self) -> bool:
+        return bool(self._work.is_completed())
 
 
 def as_it_is(tensor: Tensor) -> Tensor:

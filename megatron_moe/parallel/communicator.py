@@ -61,6 +61,11 @@ class Communicator(ABC):
         """As all_gather."""
         return Landed(self.all_gather(tensor, rows))
 
+    def start_all_gather_(self, whole: Tensor, own: Tensor) -> Arrival:
+        """Fill `whole` in place with the ranks' equal shares, of which `own` is this rank's and may be a view of it."""
+        shares = [own.shape[0]] * (whole.shape[0] // own.shape[0])
+        return Landed(whole.copy_(self.all_gather(own, shares)))
+
     def start_reduce_scatter(self, tensor: Tensor, rows: Sequence[int]) -> Arrival:
         """As reduce_scatter; the argument must not be changed until it has arrived."""
         return Landed(self.reduce_scatter(tensor, rows))
@@ -160,6 +165,12 @@ class Torch(Communicator):
         out = tensor.new_empty((most * len(rows), *tensor.shape[1:]))
         work = _ALL_GATHER(out, mine, group=self._group, async_op=True)
         return Flying(work, out, mine, then=partial(_without_padding, rows=rows, most=most))
+
+    def start_all_gather_(self, whole: Tensor, own: Tensor) -> Arrival:
+        # NCCL gathers in place; gloo copies the own share onto itself, which nothing promises
+        mine = own if own.is_cuda else own.clone()
+        work = _ALL_GATHER(whole, mine, group=self._group, async_op=True)
+        return Flying(work, whole, mine, then=as_it_is)
 
     def start_reduce_scatter(self, tensor: Tensor, rows: Sequence[int]) -> Arrival:
         own = rows[self._rank]

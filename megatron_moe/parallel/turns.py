@@ -1,7 +1,8 @@
 """Two pieces of work that take turns: while the one waits for what travels between ranks, the other computes.
 
 Each runs on a thread of its own and only one runs at a time, so that the order of all that they do, their collectives
-too, is the same on every rank: a piece gives way exactly where it waits for an axis that was made `yielding`.
+too, is the same on every rank: a piece gives way exactly where it waits for an axis that was made `yielding`. What has
+not arrived when its turn comes again is waited for with work that needs nobody, as long as there is some.
 """
 
 import threading
@@ -16,6 +17,12 @@ from megatron_moe.parallel.communicator import Communicator, Pending
 from megatron_moe.parallel.state import Axis
 
 Work = Callable[[], None]
+Filler = Callable[[], bool]  # does a piece of work, alone; False: there was none
+
+
+def no_filler() -> bool:
+    """There is no work to fill a wait with."""
+    return False
 
 
 class _AbandonedError(Exception):
@@ -31,35 +38,44 @@ class Turns:
         self._turn: int | None = None  # 0 or 1: whose; None: nobody shares
         self._over = [True, True]
         self._failures: list[BaseException] = []
-        self._fillers: list[Work | None] = [None, None]
+        self._filler: Filler = no_filler
 
-    def together(self, first: Work, second: Work, *, filler: Work | None = None) -> None:
+    def alone(self, work: Work, *, filler: Filler) -> None:
+        """One piece, whose waiting is filled."""
+        self._filler = filler
+        try:
+            work()
+        finally:
+            self._filler = no_filler
+
+    def together(self, first: Work, second: Work, *, filler: Filler = no_filler) -> None:
         """Both, from beginning to end; `first` begins. Returns when both are over.
 
-        filler: what `second` can do on its own before it gives way.   Raises what one of them raised; the other is
-        ended where it waits.
+        Raises what one of them raised; the other is ended where it waits.
         """
-        self._turn, self._over, self._failures, self._fillers = 0, [False, False], [], [None, filler]
+        self._turn, self._over, self._failures = 0, [False, False], []
+        self.alone(lambda: self._both(first, second), filler=filler)
+        if self._failures:
+            raise self._failures[0]
+
+    def _both(self, first: Work, second: Work) -> None:
         thread = threading.Thread(target=self._play, args=(1, second), name="second-turn", daemon=True)
         thread.start()
         self._play(0, first)
         thread.join()
         self._turn = None
-        if self._failures:
-            raise self._failures[0]
 
     def give_way(self) -> None:
         """Let the other go on, until it waits itself or is over."""
         mine = self._turn
-        if mine is None:
+        if mine is None or self._over[1 - mine]:
             return
-        filler = self._fillers[mine]
-        if filler is not None:
-            filler()
-        other = 1 - mine
-        if not self._over[other]:
-            self._hand_over(other)
-            self._await_turn(mine)
+        self._hand_over(1 - mine)
+        self._await_turn(mine)
+
+    def fill(self) -> bool:
+        """Do a piece of work that waits for nobody; False: there is none."""
+        return self._filler()
 
     def _play(self, number: int, work: Work) -> None:
         if self._device.type == "cuda":
@@ -96,7 +112,12 @@ class _YieldingArrival(Arrival):
 
     def wait(self) -> Tensor:
         self._turns.give_way()
+        while not self._inner.is_here() and self._turns.fill():
+            pass
         return self._inner.wait()
+
+    def is_here(self) -> bool:
+        return self._inner.is_here()
 
 
 class Yielding(Communicator):
@@ -123,6 +144,9 @@ class Yielding(Communicator):
 
     def start_all_gather(self, tensor: Tensor, rows: Sequence[int]) -> Arrival:
         return _YieldingArrival(self._inner.start_all_gather(tensor, rows), self._turns)
+
+    def start_all_gather_(self, whole: Tensor, own: Tensor) -> Arrival:
+        return _YieldingArrival(self._inner.start_all_gather_(whole, own), self._turns)
 
     def start_reduce_scatter(self, tensor: Tensor, rows: Sequence[int]) -> Arrival:
         return _YieldingArrival(self._inner.start_reduce_scatter(tensor, rows), self._turns)

@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megatron_moe.parallel.turns import Turns
+from megatron_moe.parallel.turns import Filler, Turns, no_filler
 from megatron_moe.pipeline.actions import Action, Entry, Kind, Pair, flat
 from megatron_moe.pipeline.transfer import Edge, Transfer
 
@@ -18,7 +18,8 @@ class Played:
 
     outputs: dict[str, Tensor]  # for the next stage; empty from the last one
     losses: list[Tensor]  # () each, scaled: the stage's own part of the objective
-    run_weight_gradients: Callable[[], None]  # the second half of a split backward pass, as far as it has come
+    run_weight_gradients: Callable[[], None]  # the second half of a split backward pass
+    run_one_weight_gradient: Filler = no_filler  # a piece of it, as far as the first half has come
 
 
 class Program(Protocol):
@@ -47,9 +48,9 @@ class _Step:
         actions = flat(entries)
         self.program = program
         self.held: dict[tuple[int, int], _Held] = {}
-        self.split = any(isinstance(entry, Pair) for entry in entries) or any(
-            action.kind is Kind.BACKWARD_WEIGHT for action in actions
-        )
+        self.paired = any(isinstance(entry, Pair) for entry in entries)
+        self.split = self.paired or any(action.kind is Kind.BACKWARD_WEIGHT for action in actions)
+        self.unfinished: Played | None = None  # its weight gradients fill the waits of the next passes
         self.last = {action.stage: action for action in actions}
 
     def forward(self, action: Action, inputs: dict[str, Tensor]) -> Played:
@@ -59,6 +60,19 @@ class _Step:
         played = self.program.forward(action.stage, action.microbatch, inputs, split=self.split, last=last)
         self.held[action.stage, action.microbatch] = _Held(inputs, played)
         return played
+
+    def filler_beside(self, played: Played) -> Filler:
+        """A piece of the unfinished weight gradients, then one of `played`, whose backward pass is under way."""
+        before = self.unfinished
+        if before is None:
+            return played.run_one_weight_gradient
+        return lambda: before.run_one_weight_gradient() or played.run_one_weight_gradient()
+
+    def finish(self, following: Played | None = None) -> None:
+        """All weight gradients that are unfinished; those of `following` are from now on."""
+        if self.unfinished is not None:
+            self.unfinished.run_weight_gradients()
+        self.unfinished = following
 
 
 class Executor:
@@ -89,6 +103,7 @@ class Executor:
                 self._play(entry, step)
             for action in entry.parts:
                 if step.last[action.stage] is action:
+                    step.finish()
                     self._complete(action.stage)
         self._transfer.finish()
 
@@ -108,13 +123,21 @@ class Executor:
         if action.kind is Kind.BACKWARD_WEIGHT:
             step.held.pop(key).played.run_weight_gradients()
             return
-        self._backward(step.held[key], self._gradients(action, step.program))
-        self._pass_back(action, step.program, step.held[key])
+        gradients, held = self._gradients(action, step.program), step.held[key]
+        if step.paired:
+            filler = step.filler_beside(held.played)
+            self._turns.alone(lambda: self._backward(held, gradients), filler=filler)
+        else:
+            self._backward(held, gradients)
+        self._pass_back(action, step.program, held)
         if action.kind is Kind.BACKWARD:
-            step.held.pop(key).played.run_weight_gradients()
+            del step.held[key]
+            step.finish(held.played)
+            if not step.paired:
+                step.finish()
 
     def _play_pair(self, pair: Pair, step: _Step) -> None:
-        """Both passes at once. Weight gradients, for which nobody waits, are computed where both would wait."""
+        """Both passes at once. Weight gradients, for which nobody waits, are computed where both passes would wait."""
         inputs = self._inputs(pair.forward, step.program)
         gradients = self._gradients(pair.backward, step.program)
         held = step.held.pop((pair.backward.stage, pair.backward.microbatch))
@@ -122,11 +145,11 @@ class Executor:
         self._turns.together(
             lambda: played.append(step.forward(pair.forward, inputs)),
             lambda: self._backward(held, gradients),
-            filler=held.played.run_weight_gradients,
+            filler=step.filler_beside(held.played),
         )
         self._pass_on(pair.forward, step.program, played[0])
         self._pass_back(pair.backward, step.program, held)
-        held.played.run_weight_gradients()
+        step.finish(held.played)
 
     def _inputs(self, action: Action, program: Program) -> dict[str, Tensor]:
         if action.stage == 0:

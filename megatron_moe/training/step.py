@@ -14,6 +14,7 @@ from megatron_moe.layers.weight_gradients import Deferred, Immediate
 from megatron_moe.models.gpt import GPTStage, StageOutput
 from megatron_moe.moe.plan import RoutingReport
 from megatron_moe.parallel.arrival import Arrival
+from megatron_moe.parallel.collectives import nothing
 from megatron_moe.parallel.random import KeyedRandom
 from megatron_moe.parallel.state import ParallelState
 from megatron_moe.pipeline.executor import Played
@@ -189,7 +190,9 @@ class StepProgram:
         output = self._stages[stage](inputs, ctx)
         losses = self._losses(self._stages[stage], microbatch, output, ctx)
         outputs = {} if self._stages[stage].last else output.tensors
-        return Played(outputs, losses, sink.run if isinstance(sink, Deferred) else _nothing)
+        if isinstance(sink, Deferred):
+            return Played(outputs, losses, sink.run, sink.run_one)
+        return Played(outputs, losses, nothing)
 
     def _losses(self, stage: GPTStage, microbatch: int, output: StageOutput, ctx: ForwardContext) -> list[Tensor]:
         losses = []
@@ -219,7 +222,3 @@ class StepProgram:
             return token_losses(output.tensors["logits"], targets, vocabulary, tp, passes)
         rows = max(1, self._chunk // ctx.view.num_samples)
         return chunked_losses(output.tensors["normed"], rows, of_rows, train=self._train)
-
-
-def _nothing() -> None:
-    return

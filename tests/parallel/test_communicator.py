@@ -82,6 +82,48 @@ def talk(rank: int, world_size: int) -> None:
     axis.comm.barrier()
 
 
+def start(rank: int, world_size: int) -> None:
+    """What is started gives what the call that waits gives, in any order of waiting, and meanwhile the rest goes on."""
+    comm = ParallelState.distributed(Grid(world_size)).world.comm
+    rows, even = [3, 0, 1], [2] * world_size
+    mine, whole = torch.arange(2.0 * rows[rank]).view(-1, 2) + rank, torch.arange(12.0).view(6, 2) * (rank + 1)
+    share = torch.zeros(6, 2)
+    share[2 * rank : 2 * rank + 2] = whole[2 * rank : 2 * rank + 2]
+    flights = {
+        "gather": comm.start_all_gather(mine, rows),
+        "even gather": comm.start_all_gather(whole[:2], even),
+        "scatter": comm.start_reduce_scatter(whole, even),
+        "uneven scatter": comm.start_reduce_scatter(whole[:4], rows),
+        "exchange": comm.start_all_to_all(whole, even, even),
+        "reduce": comm.start_all_reduce_(whole.clone(), "max"),
+        "gather in place": comm.start_all_gather_(share, share[2 * rank : 2 * rank + 2]),
+    }
+    found = {name: flights[name].wait() for name in reversed(flights)}
+    # gloo does not tell of a scatter
+    assert all(flight.is_here() for name, flight in flights.items() if "scatter" not in name)
+    assert torch.equal(found["gather"], comm.all_gather(mine, rows)) and found["gather"].shape == (4, 2)
+    assert torch.equal(found["even gather"], comm.all_gather(whole[:2], even))
+    assert torch.equal(found["scatter"], torch.arange(12.0).view(6, 2)[2 * rank : 2 * rank + 2] * 6)
+    assert torch.equal(found["uneven scatter"], comm.reduce_scatter(whole[:4], rows))
+    assert torch.equal(found["exchange"], comm.all_to_all(whole, even, even))
+    assert torch.equal(found["reduce"], torch.arange(12.0).view(6, 2) * world_size)
+    scale = torch.tensor([1.0, 1.0, 2.0, 2.0, 3.0, 3.0])[:, None]
+    assert found["gather in place"] is share and torch.equal(share, torch.arange(12.0).view(6, 2) * scale)
+
+
+def test_what_is_started_arrives() -> None:
+    run_on_ranks(3, start)
+
+
+def test_what_needs_no_time_is_here_at_once() -> None:
+    comm, whole = Identity(), torch.arange(4.0)
+    assert comm.start_all_gather_(whole, whole).wait() is whole
+    assert comm.start_all_to_all(whole, [4], [4]).is_here()
+    record, tally = recording()
+    assert record.start_all_gather_(meta(8, 5), meta(2, 5)).wait().shape == (8, 5)
+    assert tally.sent_bytes == {"all_gather": 3 * 40}
+
+
 def test_ranks_of_an_axis_talk_by_their_place_on_it() -> None:
     run_on_ranks(4, talk)
 

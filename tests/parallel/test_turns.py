@@ -6,9 +6,11 @@ import pytest
 import torch
 from ranks import run_on_ranks
 
+from megatron_moe.parallel.arrival import Arrival
+from megatron_moe.parallel.communicator import Recording, Tally
 from megatron_moe.parallel.grid import Grid
 from megatron_moe.parallel.state import ParallelState
-from megatron_moe.parallel.turns import Turns, yielding
+from megatron_moe.parallel.turns import Turns, Yielding, yielding
 
 CPU = torch.device("cpu")
 
@@ -45,11 +47,44 @@ def test_alone_nobody_gives_way() -> None:
     assert said == ["a0", "a1", "a."]
 
 
-def test_the_second_does_its_own_work_before_it_gives_way() -> None:
-    turns, said = Turns(CPU), []
-    second = piece(turns, said, "b", 2)
-    turns.together(piece(turns, said, "a", 2), second, filler=lambda: said.append("filler"))
-    assert " ".join(said) == "a0 b0 filler a1 b1 filler a. b."
+class Slow(Arrival):
+    """Here after so many pieces of other work."""
+
+    def __init__(self, pieces: list[str], number: int) -> None:
+        self.pieces, self.number = pieces, number
+
+    def wait(self) -> torch.Tensor:
+        return torch.zeros(1)
+
+    def is_here(self) -> bool:
+        return len(self.pieces) >= self.number
+
+
+class SlowRanks(Recording):
+    """Answers come after so many pieces of work."""
+
+    def __init__(self, pieces: list[str], number: int) -> None:
+        super().__init__(2, 0, Tally())
+        self.pieces, self.number = pieces, number
+
+    def start_all_reduce_(self, tensor: torch.Tensor, op: str = "sum") -> Arrival:
+        return Slow(self.pieces, len(self.pieces) + self.number)
+
+
+@pytest.mark.parametrize(("available", "number", "done"), [(5, 2, 2), (1, 2, 1), (0, 2, 0), (5, 0, 0)])
+def test_what_is_not_here_is_waited_for_with_other_work(available: int, number: int, done: int) -> None:
+    turns, pieces, left = Turns(CPU), [], ["piece"] * available
+
+    def filler() -> bool:
+        pieces.extend(left[:1])
+        return bool(left) and bool(left.pop())
+
+    comm = Yielding(SlowRanks(pieces, number), turns)
+    turns.alone(lambda: comm.all_reduce_(torch.zeros(1)) and None, filler=filler)
+    assert len(pieces) == done
+    pieces.clear()
+    comm.all_reduce_(torch.zeros(1))  # outside there is no other work
+    assert pieces == []
 
 
 @pytest.mark.parametrize("who", ["first", "second"])

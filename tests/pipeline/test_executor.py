@@ -133,7 +133,14 @@ def test_three_stages_equal_the_function_in_one_piece(name: str) -> None:
             for action in flat(entries)
             if action.kind is not Kind.BACKWARD_INPUT
         ]
-        assert found["calls"] == order
+        if any(isinstance(entry, Pair) for entry in entries):
+            # weight gradients wait until a pass could use something to do, or until the next is over
+            for kind in "FW":
+                played, wanted = ([call for call in calls if call[0] == kind] for calls in (found["calls"], order))
+                assert played == wanted
+            assert found["calls"][-1] == order[-1]
+        else:
+            assert found["calls"] == order
         assert found["last"] == [int(found["calls"][-1].removeprefix("W"))]
 
 
