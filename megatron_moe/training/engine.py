@@ -39,6 +39,7 @@ def grid_of(config: RunConfig, world_size: int) -> Grid:
         ep=parallel.expert_model_parallel_size,
         etp=parallel.expert_tensor,
         embedding_places=embedding_places(config),
+        ep_ranks_per_node=parallel.expert_model_parallel_ranks_per_node,
     )
 
 
