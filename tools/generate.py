@@ -49,6 +49,7 @@ LAYOUT = (
     "context_parallel_size",
     "expert_model_parallel_size",
     "expert_tensor_parallel_size",
+    "expert_model_parallel_ranks_per_node",
 )
 TOKENIZER = ("tokenizer_type", "tokenizer_model", "vocab_file", "merge_file")
 # a person may think longer than a collective may take
@@ -264,6 +265,7 @@ def join_ranks(arguments: argparse.Namespace, place: Place, device: torch.device
         pp=parallel.pipeline_model_parallel_size,
         ep=parallel.expert_model_parallel_size,
         etp=parallel.expert_tensor,
+        ep_ranks_per_node=parallel.expert_model_parallel_ranks_per_node,
     )
     if place.world_size == 1:
         return ParallelState.alone()

@@ -7,6 +7,7 @@ from typing import Any
 
 TP, PP, CP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"
 EP, ETP = "expert_model_parallel_size", "expert_tensor_parallel_size"
+NODE = "expert_model_parallel_ranks_per_node"
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ LAYOUTS: dict[str, Layout] = {
     "DP 2 without ZeRO-1": Layout(2, {"use_distributed_optimizer": False}, 2),
     "EP 2 folded over TP 2": Layout(2, {TP: 2, EP: 2, ETP: 1}),
     "EP 4": Layout(4, {EP: 4}),
+    "EP 4 as 2 nodes of 2": Layout(4, {EP: 4, NODE: 2}),
     "PP 4": Layout(4, {PP: 4}),
     "TP 2 x PP 2, logits of 4 tokens at a time, split backward": Layout(
         4, {TP: 2, PP: 2, "cross_entropy_chunk_size": 4, "pipeline_schedule": "1f1b_split"}, 2
@@ -64,6 +66,11 @@ LAYOUTS: dict[str, Layout] = {
     "EP 2 x ETP 2": Layout(4, {EP: 2, ETP: 2}),
     "TP 2 x PP 2 x EP 2": Layout(8, {TP: 2, PP: 2, EP: 2, ETP: 1}),
     "TP 2 x PP 2 x EP 2 x ETP 2": Layout(8, {TP: 2, PP: 2, EP: 2, ETP: 2}, 2),
+    "TP 2 x EP 4 as 2 nodes of 2, at most an even part at a time, recomputation": Layout(
+        4,
+        {TP: 2, EP: 4, NODE: 2, ETP: 1, "expert_rank_capacity_factor": 1.0, "recompute_granularity": "full"},
+        2,
+    ),
     "TP 2 x EP 2, recomputation of parts": Layout(
         2, {TP: 2, EP: 2, ETP: 1, "recompute_granularity": "selective", "recompute_modules": ["core_attn", "moe_act"]}
     ),

@@ -90,8 +90,9 @@ class MoEConfig:
     shared_expert_overlap: bool = option(True, "run the shared expert while tokens travel to the others")
     token_dispatcher_type: str = option(
         "auto",
-        "how tokens travel to their experts; auto = local on one expert rank, else alltoall",
-        choices=("auto", "local", "alltoall", "allgather", "one_per_rank"),
+        "how tokens travel to their experts; auto = local on one expert rank, hierarchical where "
+        "--expert-model-parallel-ranks-per-node makes several nodes, else alltoall or what suits the router",
+        choices=("auto", "local", "alltoall", "allgather", "one_per_rank", "hierarchical"),
     )
     routing_group_samples: int = option(
         1, "consecutive samples of the global batch that share capacity and balance", at_least=1

@@ -33,6 +33,13 @@ SPANS = ("data.noise_density", "data.mean_noise_span_length", "data.vocab_extra_
 DECAY = ("optimizer.min_lr", "optimizer.lr_decay_iters")
 ROTARY = ("model.rotary_base", "model.rotary_percent")
 LOADING = ("ckpt_step", "finetune", "no_load_optim", "exit_on_missing_checkpoint")
+NODES = ("parallel.expert_model_parallel_ranks_per_node",)
+
+
+def _dispatchers(run: Sections) -> set[str]:
+    """What the sparse layers of all stacks ask for; none in a dense model."""
+    return {moe.token_dispatcher_type for moe, _ in run.stacks if moe.num_experts}
+
 
 RULES = (
     Rule(
@@ -88,6 +95,19 @@ RULES = (
         ("moe.shared_expert_gate", "moe.shared_expert_overlap"),
         lambda run: run.moe.shared_expert_intermediate_size is None,
         "without a shared expert; leave it out, or give --moe-shared-expert-intermediate-size",
+    ),
+    Rule(
+        NODES,
+        lambda run: not (_dispatchers(run) & {"auto", "hierarchical"}),
+        "without a dispatcher that tells nodes apart; leave it out, or give --moe-token-dispatcher-type hierarchical",
+    ),
+    Rule(
+        NODES,
+        lambda run: (
+            run.parallel.expert_model_parallel_ranks_per_node == run.parallel.expert_model_parallel_size
+            and "hierarchical" not in _dispatchers(run)
+        ),
+        "where one node holds all ranks of --expert-model-parallel-size; leave it out",
     ),
     Rule(
         ("moe.consistency_cross_entropy",),

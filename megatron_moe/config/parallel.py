@@ -23,6 +23,12 @@ class ParallelConfig:
     expert_tensor_parallel_size: int | None = option(
         None, "ranks that split each expert's matrices (etp); none = as tp", at_least=1
     )
+    expert_model_parallel_ranks_per_node: int | None = option(
+        None,
+        "ranks of ep that stand in one node (GPUs of a node / etp): a token crosses to each node that holds any of its "
+        "experts once, and goes to their ranks from there; none = nodes are not told apart",
+        at_least=1,
+    )
     expert_rank_capacity_factor: float | None = option(
         None,
         "most rows that a rank of experts receives at once, in shares of an even split; more come in further rounds, "

@@ -206,6 +206,15 @@ def _dispatch(run: Sections) -> None:
             f"{local[0].flag('token_dispatcher_type')} local moves nothing between ranks, but the experts are split "
             f"over {ep * etp} (expert size {ep} x expert tensor size {etp}); use auto, or set both sizes to 1."
         )
+    per_node, flag = run.parallel.expert_model_parallel_ranks_per_node, "--expert-model-parallel-ranks-per-node"
+    if per_node is not None:
+        _must_divide("--expert-model-parallel-size", ep, flag, per_node, "a node")
+    by_node = [moe for moe, _ in run.stacks if moe.num_experts and moe.token_dispatcher_type == "hierarchical"]
+    if by_node and ep > 1 and per_node is None:
+        raise ConfigError(
+            f"{by_node[0].flag('token_dispatcher_type')} hierarchical must know which ranks share a node; give {flag} "
+            f"(GPUs of a node / expert tensor size: {words(divisors(ep))}), or use one_per_rank."
+        )
 
 
 def _routing_groups(run: Sections) -> None:

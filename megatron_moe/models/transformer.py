@@ -15,6 +15,7 @@ from megatron_moe.layers.mlp import MLP
 from megatron_moe.layers.norm import Norm
 from megatron_moe.layers.recompute import remade, run_again
 from megatron_moe.moe.capacity import make_limit
+from megatron_moe.moe.dispatch.dispatcher import NodeAxes
 from megatron_moe.moe.experts import Experts
 from megatron_moe.moe.layer import MoELayer, build_dispatcher
 from megatron_moe.moe.methods import build_router, build_unrouted, find_method
@@ -91,8 +92,9 @@ def build_moe(spec: LayerSpec, moe: MoEConfig, state: ParallelState) -> MoELayer
         dropout=moe.expert_dropout,
         recompute_activation="moe_act" in spec.recompute_modules,
     )
+    nodes = NodeAxes(state.ep_node, state.ep_local)
     dispatcher = build_dispatcher(
-        moe.token_dispatcher_type, moe.num_experts, state.ep, state.etp, preferred=router.dispatcher
+        moe.token_dispatcher_type, moe.num_experts, state.ep, state.etp, preferred=router.dispatcher, nodes=nodes
     )
     limit = make_limit(moe, router.choices(moe), state.tp_cp, router.expert_pools)
     shared = _shared_expert(spec, moe, state)

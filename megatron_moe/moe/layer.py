@@ -12,7 +12,8 @@ from megatron_moe.layers.recompute import run_again
 from megatron_moe.moe.capacity import Limit
 from megatron_moe.moe.dispatch.all_gather import AllGatherDispatcher
 from megatron_moe.moe.dispatch.all_to_all import AllToAllDispatcher
-from megatron_moe.moe.dispatch.dispatcher import Dispatcher
+from megatron_moe.moe.dispatch.dispatcher import Dispatcher, NodeAxes
+from megatron_moe.moe.dispatch.hierarchical import HierarchicalDispatcher
 from megatron_moe.moe.dispatch.local import LocalDispatcher
 from megatron_moe.moe.dispatch.one_per_rank import OnePerRankDispatcher
 from megatron_moe.moe.experts import Draws, Experts
@@ -30,14 +31,21 @@ DISPATCHERS: dict[str, type[Dispatcher]] = {
     "alltoall": AllToAllDispatcher,
     "allgather": AllGatherDispatcher,
     "one_per_rank": OnePerRankDispatcher,
+    "hierarchical": HierarchicalDispatcher,
 }
 
 
-def build_dispatcher(kind: str, num_experts: int, ep: Axis, etp: Axis, preferred: str = "alltoall") -> Dispatcher:
-    """kind: a name in DISPATCHERS, or "auto": local where all experts are whole on this rank, else `preferred`."""
+def build_dispatcher(
+    kind: str, num_experts: int, ep: Axis, etp: Axis, preferred: str = "alltoall", nodes: NodeAxes | None = None
+) -> Dispatcher:
+    """kind: a name in DISPATCHERS, or "auto": local where all experts are whole on this rank, hierarchical over several
+    nodes, else `preferred`.
+    """
+    if kind == "auto" and nodes is not None and nodes.between.size > 1:
+        preferred = "hierarchical"
     if kind == "auto":
         kind = "local" if ep.size * etp.size == 1 else preferred
-    return DISPATCHERS[kind](num_experts, ep, etp)
+    return DISPATCHERS[kind](num_experts, ep, etp, nodes)
 
 
 class _Once:

@@ -3,7 +3,8 @@
 dense:   rank = ((pp · DP + dp) · CP + cp) · TP + tp
 expert:  rank = ((pp · EDP + edp) · EP + ep) · ETP + etp        with DP·CP·TP = EDP·EP·ETP
 
-So tp (or etp) varies fastest, and expert parallelism is folded over the dense axes.
+So tp (or etp) varies fastest, and expert parallelism is folded over the dense axes. On several nodes ep has two halves:
+ep = ep_node · EP_LOCAL + ep_local, so that one node's part of ep and etp is a run of EP_LOCAL·ETP consecutive ranks.
 """
 
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ class Grid:
     """Sizes of all axes of one world; says which ranks share an axis with a rank.
 
     embedding_places: pipeline ranks that hold a copy of the one embedding; none = the two ends.
+    ep_ranks_per_node: ranks of ep that stand in one node; none = all of them.
 
     Raises ConfigError when the sizes do not multiply to the world.
     """
@@ -27,6 +29,7 @@ class Grid:
     ep: int = 1
     etp: int = 1
     embedding_places: tuple[int, ...] | None = None
+    ep_ranks_per_node: int | None = None
 
     def __post_init__(self) -> None:
         dense = self.tp * self.cp * self.pp
@@ -41,6 +44,11 @@ class Grid:
                 f"{self.stage_size} ranks of a pipeline stage cannot be split over --expert-model-parallel-size "
                 f"{self.ep} x --expert-tensor-parallel-size {self.etp}; use a product that divides {self.stage_size}."
             )
+        if self.ep % self.ep_local:
+            raise ConfigError(
+                f"--expert-model-parallel-size {self.ep} cannot be split over --expert-model-parallel-ranks-per-node "
+                f"{self.ep_local}; use a number that divides {self.ep}."
+            )
 
     @property
     def stage_size(self) -> int:
@@ -54,6 +62,16 @@ class Grid:
     @property
     def edp(self) -> int:
         return self.stage_size // (self.ep * self.etp)
+
+    @property
+    def ep_local(self) -> int:
+        """Ranks of ep inside one node."""
+        return self.ep if self.ep_ranks_per_node is None else self.ep_ranks_per_node
+
+    @property
+    def ep_node(self) -> int:
+        """Nodes that share the experts."""
+        return self.ep // self.ep_local
 
     def dense_coordinates(self, rank: int) -> tuple[int, int, int, int]:
         """(pp, dp, cp, tp) of a rank."""
@@ -96,6 +114,17 @@ class Grid:
             for etp in spans[3]
         )
 
+    def _ep_node(self, rank: int) -> tuple[int, ...]:
+        """Those with the same place in their nodes."""
+        _, _, ep, _ = self.expert_coordinates(rank)
+        return self._expert(rank, "ep")[ep % self.ep_local :: self.ep_local]
+
+    def _ep_local(self, rank: int) -> tuple[int, ...]:
+        """Those of the own node."""
+        _, _, ep, _ = self.expert_coordinates(rank)
+        first = ep - ep % self.ep_local
+        return self._expert(rank, "ep")[first : first + self.ep_local]
+
     def _embedding(self, rank: int) -> tuple[int, ...]:
         stages = self._dense(rank, "pp")
         places = (0, self.pp - 1) if self.embedding_places is None else self.embedding_places
@@ -112,6 +141,8 @@ AXIS_RANKS = {
     "tp_cp": lambda grid, rank: grid._dense(rank, "cp", "tp"),
     "stage": lambda grid, rank: grid._dense(rank, "dp", "cp", "tp"),
     "ep": lambda grid, rank: grid._expert(rank, "ep"),
+    "ep_node": lambda grid, rank: grid._ep_node(rank),
+    "ep_local": lambda grid, rank: grid._ep_local(rank),
     "etp": lambda grid, rank: grid._expert(rank, "etp"),
     "edp": lambda grid, rank: grid._expert(rank, "edp"),
     # the stages that hold a copy of tied embeddings

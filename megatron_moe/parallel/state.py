@@ -41,6 +41,8 @@ class ParallelState:
     pp: Axis
     pp_back: Axis  # as pp, but its own channel: gradients must not queue behind activations
     ep: Axis
+    ep_node: Axis  # one rank of ep in each node; only myself where ep is not cut into nodes
+    ep_local: Axis  # the ranks of ep in my node: all of them where ep is not cut
     etp: Axis
     edp: Axis
     dp_cp: Axis

@@ -41,6 +41,7 @@ def grid_of(config: RunConfig, world_size: int) -> Grid:
         ep=parallel.expert_model_parallel_size,
         etp=parallel.expert_tensor,
         embedding_places=embedding_places(config),
+        ep_ranks_per_node=parallel.expert_model_parallel_ranks_per_node,
     )
 
 
@@ -59,7 +60,7 @@ class Engine:
     def __init__(self, config: RunConfig, state: ParallelState, device: torch.device, vocab_size: int) -> None:
         """vocab_size: ids that mean something, before padding."""
         turns = Turns(device)
-        state = replace(state, ep=yielding(state.ep, turns))
+        state = replace(state, **{name: yielding(state.axis(name), turns) for name in ("ep", "ep_node", "ep_local")})
         self.config = config
         self.state = state
         self.device = device

@@ -19,8 +19,21 @@ def validate(config: RunConfig) -> list[str]:
     Returns notes for the log.
     """
     sparse = [spec for spec in gpt_spec(config, config.model.vocab_size or 1).layers if spec.moe is not None]
+    _check_nodes(sparse, config)
     notes = [note for spec in sparse for note in _check_layer(spec, config)]
     return list(dict.fromkeys(notes))
+
+
+def _check_nodes(sparse: list[LayerSpec], config: RunConfig) -> None:
+    """Nodes are told apart for rows that travel to experts."""
+    per_node = config.parallel.expert_model_parallel_ranks_per_node
+    kinds = [spec.moe.router_type for spec in sparse if spec.moe is not None]
+    sending = [kind for kind in kinds if "token_dispatcher_type" not in find_method(kind).unused_fields]
+    if per_node is not None and kinds and not sending:
+        raise ConfigError(
+            f"--expert-model-parallel-ranks-per-node {per_node} has no effect with the router {kinds[0]}, which sends "
+            f"no rows to experts; leave it out."
+        )
 
 
 def _check_layer(spec: LayerSpec, config: RunConfig) -> list[str]:

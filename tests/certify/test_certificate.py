@@ -69,7 +69,7 @@ def test_groups_of_two_samples_leave_out_layouts_that_cannot_hold_one() -> None:
     assert [row.layout for row in rows] == [name for name, layout in LAYOUTS.items() if layout.ranks == 1]
     assert all(row.equal and row.refused is None for row in rows)
     too_small = [name for name, layout in LAYOUTS.items() if layout.samples_of_a_rank(GLOBAL_BATCH) < 2]
-    assert [name for name in too_small if "," not in name] == ["EP 4", "EP 2 x ETP 2"]
+    assert [name for name in too_small if "," not in name] == ["EP 4", "EP 4 as 2 nodes of 2", "EP 2 x ETP 2"]
 
 
 def test_experts_that_cannot_be_cut_stand_whole_on_tensor_ranks_and_nowhere_else() -> None:

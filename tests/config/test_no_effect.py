@@ -72,6 +72,8 @@ def test_sparse_options_of_an_encoder_need_its_experts(name: str) -> None:
         sparse({"model.encoder_num_layers": 2, f"encoder_moe.{name}": MOE_VALUES[name]})
 
 
+EP, NODE = "parallel.expert_model_parallel_size", "parallel.expert_model_parallel_ranks_per_node"
+STACKS = ("moe", "encoder_moe")
 ENCODER = {"model.encoder_num_layers": 2, "encoder_moe.num_experts": 4}
 SPANS = {"model.encoder_num_layers": 2, "data.objective": "span_corruption"}
 CAPACITY = {"moe.expert_capacity_factor": 1.0}
@@ -94,6 +96,24 @@ CASES: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
         {"moe.shared_expert_gate": True, "moe.shared_expert_overlap": False},
         "--moe-shared-expert-gate (from the recipe) has no effect without a shared expert",
         {"moe.shared_expert_intermediate_size": 64},
+    ),
+    (
+        {EP: 4, NODE: 2, "moe.token_dispatcher_type": "alltoall"},
+        "--expert-model-parallel-ranks-per-node 2 (from the recipe) has no effect without a dispatcher that tells "
+        "nodes apart; leave it out, or give --moe-token-dispatcher-type hierarchical.",
+        {"moe.token_dispatcher_type": "hierarchical"},
+    ),
+    (
+        {EP: 4, NODE: 4},
+        "has no effect where one node holds all ranks of --expert-model-parallel-size; leave it out.",
+        {NODE: 2},
+    ),
+    ({NODE: 1}, "where one node holds all ranks", {EP: 2}),
+    # one of two stacks is enough
+    (
+        {**ENCODER, EP: 4, NODE: 2, **{f"{name}.token_dispatcher_type": "allgather" for name in STACKS}},
+        "without a dispatcher that tells nodes apart",
+        {"encoder_moe.token_dispatcher_type": "auto"},
     ),
     (
         {"model.position_embedding_type": "none", "model.rotary_base": 1e6},

@@ -10,7 +10,7 @@ from tests.config.example import sparse
 
 TP, PP = "parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size"
 CP, EP = "parallel.context_parallel_size", "parallel.expert_model_parallel_size"
-ETP = "parallel.expert_tensor_parallel_size"
+ETP, NODE = "parallel.expert_tensor_parallel_size", "parallel.expert_model_parallel_ranks_per_node"
 WSD = {"optimizer.lr_decay_style": "WSD", "optimizer.lr_wsd_decay_iters": 60, "optimizer.lr_warmup_iters": 50}
 
 SPANS = {"data.objective": "span_corruption", "model.encoder_num_layers": 2}
@@ -160,6 +160,24 @@ CASES: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
         {"moe.token_dispatcher_type": "local", TP: 2},
         "(expert size 1 x expert tensor size 2)",
         {"moe.token_dispatcher_type": "local", TP: 2, ETP: 1},
+    ),
+    (
+        {EP: 4, NODE: 3},
+        "--expert-model-parallel-size 4 cannot be split over --expert-model-parallel-ranks-per-node 3; "
+        "use a multiple of 3, or a node size of 1, 2 or 4.",
+        {EP: 4, NODE: 2},
+    ),
+    (
+        {"moe.token_dispatcher_type": "hierarchical", EP: 4},
+        "--moe-token-dispatcher-type hierarchical must know which ranks share a node; give "
+        "--expert-model-parallel-ranks-per-node (GPUs of a node / expert tensor size: 1, 2 or 4), or use one_per_rank.",
+        {"moe.token_dispatcher_type": "hierarchical", EP: 4, NODE: 4},
+    ),
+    (
+        {"moe.token_dispatcher_type": "hierarchical", EP: 2},
+        "give --expert-model-parallel-ranks-per-node",
+        # one rank is one node
+        {"moe.token_dispatcher_type": "hierarchical"},
     ),
     (
         {"moe.routing_group_samples": 2, "training.micro_batch_size": 1},

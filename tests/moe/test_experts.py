@@ -9,6 +9,7 @@ from ranks import run_on_ranks
 from torch import Tensor, nn
 
 from megatron_moe.config.moe import MoEConfig
+from megatron_moe.moe.dispatch.dispatcher import NodeAxes
 from megatron_moe.moe.expert_dropout import ExpertDropout
 from megatron_moe.moe.experts import Draws, Experts
 from megatron_moe.moe.layer import DISPATCHERS, build_dispatcher
@@ -101,7 +102,8 @@ def test_dropped_features_are_those_of_the_loops() -> None:
 
 def kept_on_rank(rank: int, world_size: int) -> dict[str, list[tuple[int, int, list[float]]]]:
     """For each dispatcher: (token, expert, inner features after dropout) of this rank's rows, on EP 2 x ETP 2."""
-    state = ParallelState.distributed(Grid(world_size, ep=2, etp=2))
+    state = ParallelState.distributed(Grid(world_size, ep=2, etp=2, ep_ranks_per_node=1))
+    nodes = NodeAxes(state.ep_node, state.ep_local)
     info = token_info(8, 2)
     mine = (torch.arange(16) % world_size == rank).nonzero()[:, 0]
     keys = info.global_keys[mine]
@@ -110,8 +112,9 @@ def kept_on_rank(rank: int, world_size: int) -> dict[str, list[tuple[int, int, l
     plan = plan_from_choices(choices, torch.ones(4, 2, dtype=torch.float64), local, num_experts=E)
     drop = ExpertDropout(0.5, state.etp)
     answers = {}
-    for name in ("alltoall", "allgather", "one_per_rank"):
-        batch = build_dispatcher(name, E, state.ep, state.etp).dispatch(torch.zeros(4, H).double(), plan, keys)
+    for name in [name for name in DISPATCHERS if name != "local"]:
+        dispatcher = build_dispatcher(name, E, state.ep, state.etp, nodes=nodes)
+        batch = dispatcher.dispatch(torch.zeros(4, H).double(), plan, keys)
         assert batch.keys is not None
         owners = torch.arange(2).repeat_interleave(torch.tensor(batch.tokens_per_expert)) + 2 * state.ep.rank
         left = drop(torch.ones(len(owners), 3, dtype=torch.float64), batch.keys, owners, STREAM)

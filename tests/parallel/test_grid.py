@@ -15,11 +15,16 @@ GRIDS = [
     Grid(24, cp=2, pp=3, ep=4, etp=2),
     Grid(16, tp=4, ep=2, etp=1),
     Grid(6, pp=6),
+    Grid(16, tp=2, ep=8, ep_ranks_per_node=4),
+    Grid(24, pp=2, ep=6, etp=2, ep_ranks_per_node=2),
 ]
 DENSE, EXPERT = ("pp", "dp", "cp", "tp"), ("pp", "edp", "ep", "etp")
+BY_NODE = ("pp", "edp", "ep_node", "ep_local", "etp")
 VIEWS = {
     **{name: (DENSE, {name}) for name in DENSE},
     **{name: (EXPERT, {name}) for name in EXPERT[1:]},
+    "ep_node": (BY_NODE, {"ep_node"}),
+    "ep_local": (BY_NODE, {"ep_local"}),
     "dp_cp": (DENSE, {"dp", "cp"}),
     "tp_cp": (DENSE, {"cp", "tp"}),
     "stage": (DENSE, {"dp", "cp", "tp"}),
@@ -73,6 +78,8 @@ def test_eight_ranks_by_hand() -> None:
     assert groups["edp"] == [(0, 2), (1, 3), (4, 6), (5, 7)]
     assert groups["stage"] == [(0, 1, 2, 3), (4, 5, 6, 7)]
     assert groups["embedding"] == groups["pp"]
+    # not told apart: one node
+    assert groups["ep_local"] == groups["ep"] and groups["ep_node"] == groups["cp"]
 
 
 def test_experts_fold_over_context_and_data_by_hand() -> None:
@@ -83,6 +90,16 @@ def test_experts_fold_over_context_and_data_by_hand() -> None:
     assert grid.axis_ranks("cp", 5) == (5, 7)
     assert grid.axis_ranks("tp_cp", 5) == (4, 5, 6, 7)
     assert grid.axis_ranks("dp_cp", 5) == (1, 3, 5, 7)
+
+
+def test_one_nodes_part_of_the_experts_is_a_run_of_ranks_by_hand() -> None:
+    """Experts over 4 ranks on 2 nodes, each cut in 2: nodes 0-3 and 4-7, and 8-11 and 12-15 for the other copy."""
+    grid = Grid(16, ep=4, etp=2, ep_ranks_per_node=2)
+    assert grid.axis_ranks("ep", 5) == (1, 3, 5, 7)
+    assert grid.axis_ranks("ep_local", 5) == (5, 7)
+    assert grid.axis_ranks("ep_node", 5) == (1, 5)
+    assert grid.axis_ranks("etp", 5) == (4, 5)
+    assert grid.axis_ranks("ep_node", 14) == (10, 14)
 
 
 def test_only_the_ends_of_a_pipeline_share_the_embedding() -> None:
@@ -97,6 +114,12 @@ def test_only_the_ends_of_a_pipeline_share_the_embedding() -> None:
         (6, {"tp": 4}, "6 ranks cannot be split over tensor 4 x context 1 x pipeline 1; use a multiple of 4"),
         (8, {"tp": 2, "ep": 3}, "8 ranks of a pipeline stage cannot be split over --expert-model-parallel-size 3"),
         (8, {"pp": 2, "ep": 8}, "use a product that divides 4"),
+        (
+            8,
+            {"ep": 4, "ep_ranks_per_node": 3},
+            "--expert-model-parallel-size 4 cannot be split over --expert-model-parallel-ranks-per-node 3; "
+            "use a number that divides 4",
+        ),
     ],
 )
 def test_sizes_that_do_not_multiply_to_the_world_are_refused(world_size: int, sizes: dict[str, int], said: str) -> None:

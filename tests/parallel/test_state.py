@@ -4,11 +4,14 @@ import math
 
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import run_on_ranks
 
 from megatron_moe.parallel.communicator import Identity
 from megatron_moe.parallel.grid import AXIS_RANKS, Grid
 from megatron_moe.parallel.state import ParallelState
+
+SIZES = {"tp": 2, "pp": 2, "ep": 4, "ep_ranks_per_node": 2}
 
 
 def test_a_world_of_one_needs_nobody() -> None:
@@ -38,16 +41,37 @@ def test_any_rank_of_a_large_world_knows_its_places() -> None:
 
 def sums(rank: int, world_size: int) -> dict[str, float]:
     """The sum of all world ranks along each axis."""
-    state = ParallelState.distributed(Grid(world_size, tp=2, pp=2, ep=2))
+    state = ParallelState.distributed(Grid(world_size, **SIZES))
     names = (*AXIS_RANKS, "pp_back")
     return {name: float(state.axis(name).comm.all_reduce_(torch.tensor([float(rank)]))) for name in names}
 
 
 def test_joined_ranks_talk_along_their_axes() -> None:
-    grid = Grid(8, tp=2, pp=2, ep=2)
+    grid = Grid(8, **SIZES)
     for rank, found in enumerate(run_on_ranks(8, sums)):
         for name, total in found.items():
             assert total == math.fsum(grid.axis_ranks(name.removesuffix("_back"), rank)), (rank, name)
+
+
+def groups_made(rank: int, world_size: int, grids: list[Grid]) -> list[int]:
+    """How many process groups each of these worlds makes."""
+    made, right = [], dist.new_group
+
+    def counted(ranks: list[int]) -> dist.ProcessGroup:
+        made[-1] += 1
+        return right(ranks)
+
+    dist.new_group = counted
+    for grid in grids:
+        made.append(0)
+        ParallelState.distributed(grid)
+    return made
+
+
+def test_a_world_that_does_not_tell_nodes_apart_makes_no_group_for_them() -> None:
+    grids = [Grid(4, ep=4, ep_ranks_per_node=number) for number in (None, 4, 2)]
+    # all ranks; on two nodes also each node, and each place in them
+    assert run_on_ranks(4, groups_made, grids) == [[1, 1, 5]] * 4
 
 
 def test_a_rank_alone_has_nobody_to_talk_to() -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from ranks import run_on_ranks
 
-from megatron_moe.certify.layouts import EP, ETP, LAYOUTS
+from megatron_moe.certify.layouts import EP, ETP, LAYOUTS, NODE
 from megatron_moe.certify.tiny_model import tiny_config
 from megatron_moe.certify.tiny_run import TOLERANCE, Outcome, alone, outcome_of, run_all, worst_difference
 
@@ -152,7 +152,7 @@ MODELS: dict[str, tuple[Tables, Tables]] = {
     ),
     "dense": ({"num_experts": 0}, {}),
 }
-DISPATCHERS = ("alltoall", "allgather", "one_per_rank")
+DISPATCHERS = ("alltoall", "allgather", "one_per_rank", "hierarchical")
 
 
 def _fits(model: str, layout: str) -> bool:
@@ -197,10 +197,11 @@ def test_every_layout_equals_one_process(world_size: int, wanted: dict[str, Outc
 
 
 def test_every_dispatcher_equals_one_process(wanted: dict[str, Outcome]) -> None:
-    layouts = {"EP 4": {EP: 4}, "EP 2 x ETP 2": {EP: 2, ETP: 2}}
+    layouts: dict[str, Tables] = {"EP 4": {EP: 4}, "EP 2 x ETP 2": {EP: 2, ETP: 2}}
     models = ("top_k", "st_moe with capacity", "expert_choice")
     cases = [(model, layout, kind) for model in models for layout in layouts for kind in DISPATCHERS]
-    configs = [_config(model, layouts[layout], 1, kind) for model, layout, kind in cases]
+    nodes = {"hierarchical": {NODE: 1}}  # the other halves of ep are among the layouts
+    configs = [_config(model, {**layouts[layout], **nodes.get(kind, {})}, 1, kind) for model, layout, kind in cases]
     answers = run_on_ranks(4, run_all, configs)
     for number, (model, layout, kind) in enumerate(cases):
         differences = worst_difference(outcome_of([rank[number] for rank in answers]), wanted[model])

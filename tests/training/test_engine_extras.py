@@ -74,6 +74,18 @@ def test_two_passes_need_a_router_that_draws() -> None:
     validate(tiny_config({"router_type": "switch", "consistency_coeff": 5.0}, {}, {}))
 
 
+def test_nodes_need_rows_that_travel_to_experts() -> None:
+    layout = {"expert_model_parallel_size": 4, "expert_model_parallel_ranks_per_node": 2}
+    memory = {"router_type": "product_keys", "ffn_hidden_size": 16, "num_experts": 16, "activation": None}
+    validate(tiny_config(memory, {"expert_model_parallel_size": 4}, {}))
+    with pytest.raises(ConfigError, match=r"-ranks-per-node 2 has no effect with the router product_keys, which sends"):
+        validate(tiny_config(memory, layout, {}))
+    # rows of another stack do
+    sam = {"router_type": "sam", "num_experts": 8, "router_options": {"groups": "4"}}
+    validate(tiny_config(memory, layout, {"encoder_num_layers": 2}, encoder_moe=sam))
+    validate(tiny_config({"router_type": "top_k"}, layout, {}))
+
+
 def test_the_mean_over_two_layers_is_half_their_sum() -> None:
     norms = []
     for coefficient, reduction in ((50.0, "sum"), (100.0, "mean"), (100.0, "sum")):

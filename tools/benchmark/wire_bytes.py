@@ -10,8 +10,12 @@ for one row per assignment, D (R-1)/R for one row per rank, D = R (1 - C(E-E/R, 
 stand on. SAM's experts stand on one rank, and D is 1, unless a group of W experts straddles s ranks: then
 D = s (1 - C(W-W/s, k) / C(W, k)).
 
+Between M nodes of N ranks, whose links are the slow ones: (M-1)/M times k or D. The hierarchical way sends one row per
+node, D' (M-1)/M for the D' nodes that k experts stand on, and D (N-1)/N inside the nodes.
+
 Examples:
     python tools/benchmark/wire_bytes.py
+    python tools/benchmark/wire_bytes.py --nodes 2
     python tools/benchmark/wire_bytes.py --ranks 4 --experts 16 --topk 2 4 --json
 """
 
@@ -21,8 +25,9 @@ import argparse
 import json
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import zip_longest
 from math import comb
 
 import torch
@@ -31,6 +36,7 @@ from torch import Tensor
 from megatron_moe.config.errors import ConfigError, MegatronMoEError
 from megatron_moe.config.moe import MoEConfig
 from megatron_moe.models.whole import plain_context
+from megatron_moe.moe.dispatch.dispatcher import NodeAxes
 from megatron_moe.moe.layer import build_dispatcher
 from megatron_moe.moe.methods import build_router
 from megatron_moe.moe.routers.router import Router, Site
@@ -41,7 +47,8 @@ from megatron_moe.parallel.launch import fork_ranks
 from megatron_moe.parallel.layout import materialise
 from megatron_moe.parallel.state import Axis, ParallelState
 
-METHODS = ("switch", "top_k", "top_k, one per rank", "sam flat", "sam hierarchical")
+BY_NODE = "top_k, by node"  # on several nodes only
+METHODS = ("switch", "top_k", "top_k, one per rank", BY_NODE, "sam flat", "sam hierarchical")
 MOST_EXPERTS = 256  # so many logits differ in bfloat16
 
 
@@ -65,17 +72,28 @@ class Case:
 
     @property
     def dispatcher(self) -> str:
+        if self.method == BY_NODE:
+            return "hierarchical"
         return "alltoall" if self.method in ("switch", "top_k") else "one_per_rank"
 
-    def formula(self, ranks: int) -> float:
+    def formula(self, ranks: int, nodes: int = 1) -> float:
         """Rows per token that leave their rank in one transfer."""
+        if self.dispatcher == "hierarchical":
+            inside = ranks // nodes
+            return self.between(ranks, nodes) + self._visited(ranks) * (inside - 1) / inside
+        return self._visited(ranks) * (ranks - 1) / ranks
+
+    def between(self, ranks: int, nodes: int) -> float:
+        """Those of them that leave their node."""
+        return self._visited(nodes if self.dispatcher == "hierarchical" else ranks) * (nodes - 1) / nodes
+
+    def _visited(self, ranks: int) -> float:
+        """Ranks, or nodes, to which a token travels; with all-to-all, as often as it has experts there."""
         if self.dispatcher == "alltoall":
-            visited = float(self.choices)
-        elif self.groups is None:
-            visited = ranks_of(self.choices, self.experts, ranks)
-        else:
-            visited = ranks_of(self.choices, self.experts // self.groups, max(1, ranks // self.groups))
-        return visited * (ranks - 1) / ranks
+            return float(self.choices)
+        if self.groups is None:
+            return ranks_of(self.choices, self.experts, ranks)
+        return ranks_of(self.choices, self.experts // self.groups, max(1, ranks // self.groups))
 
 
 @dataclass(frozen=True)
@@ -85,6 +103,7 @@ class Sent:
     tokens: int
     visited: int  # (token, rank) pairs, the own rank included
     rows: tuple[int, ...]  # of each transfer
+    between: tuple[int, ...]  # those of them that left their node
     row_bytes: int  # of all transfers
     other_bytes: int
 
@@ -95,13 +114,18 @@ def ranks_of(choices: int, experts: int, ranks: int) -> float:
 
 
 class Counting(Communicator):
-    """Another communicator, of whose exchanges it notes the rows and bytes that leave this rank."""
+    """Another communicator, of whose exchanges it notes the rows and bytes that leave this rank, and the rows that
+    leave its node.
+    """
 
-    def __init__(self, inner: Communicator, rank: int, hidden_size: int) -> None:
-        self._inner = inner
-        self._rank = rank
+    def __init__(self, axis: Axis, node: range, hidden_size: int) -> None:
+        """node: the ranks of the axis that stand in this rank's node."""
+        self._inner = axis.comm
+        self._rank = axis.rank
+        self._node = node
         self._hidden_size = hidden_size
         self.rows: list[int] = []
+        self.between: list[int] = []
         self.row_bytes = 0
         self.other_bytes = 0
 
@@ -110,6 +134,7 @@ class Counting(Communicator):
         size = tensor[:1].nbytes * leaving if len(tensor) else 0
         if tensor.is_floating_point() and tensor.shape[1:] == (self._hidden_size,):
             self.rows.append(leaving)
+            self.between.append(sum(send) - sum(send[rank] for rank in self._node))
             self.row_bytes += size
         else:
             self.other_bytes += size
@@ -143,7 +168,7 @@ def groups_for(experts: int, choices: int, ranks: int) -> int:
     return max(g for g in range(1, ranks + 1) if ranks % g == 0 and experts % g == 0 and choices <= experts // g)
 
 
-def cases_of(experts: Sequence[int], choices: Sequence[int], ranks: int) -> list[Case]:
+def cases_of(experts: Sequence[int], choices: Sequence[int], ranks: int, nodes: int = 1) -> list[Case]:
     """All methods for all pairs that can be; ConfigError for experts that cannot be split."""
     found = []
     for number in experts:
@@ -157,7 +182,7 @@ def cases_of(experts: Sequence[int], choices: Sequence[int], ranks: int) -> list
             for method in METHODS:
                 # one group, or one expert in each, is no choice in two steps
                 pointless = method == "sam hierarchical" and groups in (1, number)
-                if not pointless and (method != "switch" or k == 1):
+                if not pointless and (method != BY_NODE or nodes > 1) and (method != "switch" or k == 1):
                     found.append(Case(method, number, k, groups if method.startswith("sam") else None))
     return found
 
@@ -199,39 +224,60 @@ def reading_router(case: Case, hidden_size: int) -> Router:
     return router
 
 
-def send_once(case: Case, ep: Axis, tokens: int, hidden_size: int) -> Sent:
+def send_once(case: Case, state: ParallelState, tokens: int, hidden_size: int) -> Sent:
     """One forward and backward pass, with experts that answer what they are asked."""
-    counting = Counting(ep.comm, ep.rank, hidden_size)
+    ep, inside = state.ep, state.ep_local.size
+    node = ep.rank // inside
     alone = ParallelState.alone()
+    flat = Counting(ep, range(node * inside, (node + 1) * inside), hidden_size)
+    between = Counting(state.ep_node, range(node, node + 1), hidden_size)
+    within = Counting(state.ep_local, range(inside), hidden_size)
     hidden = even_tokens(case, tokens, hidden_size, ep.size, ep.rank).requires_grad_()
     ctx = replace(plain_context(torch.zeros(1, tokens, dtype=torch.int64)), train=True)
     plan = reading_router(case, hidden_size)(hidden, token_info(ctx, alone.tp, 0, 1))
-    dispatcher = build_dispatcher(case.dispatcher, case.experts, replace(ep, comm=counting), alone.etp)
+    nodes = NodeAxes(replace(state.ep_node, comm=between), replace(state.ep_local, comm=within))
+    dispatcher = build_dispatcher(case.dispatcher, case.experts, replace(ep, comm=flat), alone.etp, nodes=nodes)
     batch = dispatcher.dispatch(hidden, plan)
     dispatcher.combine(batch.rows * 1, batch).sum().backward()
     pairs = plan.token_ids * ep.size + plan.expert_ids // (case.experts // ep.size)
-    return Sent(tokens, len(pairs.unique()), tuple(counting.rows), counting.row_bytes, counting.other_bytes)
+    used = (between, within) if case.dispatcher == "hierarchical" else (flat,)
+    return Sent(
+        tokens=tokens,
+        visited=len(pairs.unique()),
+        rows=in_each(part.rows for part in used),
+        between=in_each(part.between for part in used),
+        row_bytes=sum(part.row_bytes for part in used),
+        other_bytes=sum(part.other_bytes for part in used),
+    )
 
 
-def send_all(rank: int, ranks: int, cases: Sequence[Case], tokens: int, hidden_size: int) -> list[Sent]:
+def in_each(parts: Iterable[Sequence[int]]) -> tuple[int, ...]:
+    """The sum of all parts for each transfer; along an axis of one rank there was none."""
+    return tuple(sum(rows) for rows in zip_longest(*parts, fillvalue=0))
+
+
+def send_all(
+    rank: int, ranks: int, cases: Sequence[Case], tokens: int, hidden_size: int, nodes: int = 1
+) -> list[Sent]:
     """Every case on this rank."""
-    ep = ParallelState.distributed(Grid(ranks, ep=ranks)).ep
-    return [send_once(case, ep, tokens, hidden_size) for case in cases]
+    state = ParallelState.distributed(Grid(ranks, ep=ranks, ep_ranks_per_node=ranks // nodes))
+    return [send_once(case, state, tokens, hidden_size) for case in cases]
 
 
-def counted(cases: Sequence[Case], ranks: int, tokens: int, hidden_size: int) -> list[Sent]:
+def counted(cases: Sequence[Case], given: argparse.Namespace) -> list[Sent]:
     """What left all ranks together, for each case; starts them once."""
     with warnings.catch_warnings():
         # Python 3.12 warns of forking beside threads; the children use none of them
         warnings.simplefilter("ignore", DeprecationWarning)
-        answers = fork_ranks(ranks, send_all, cases, tokens, hidden_size)
+        answers = fork_ranks(given.ranks, send_all, cases, given.tokens, given.hidden_size, given.nodes)
     found = []
     for parts in zip(*answers, strict=True):
         found.append(
             Sent(
                 tokens=sum(part.tokens for part in parts),
                 visited=sum(part.visited for part in parts),
-                rows=tuple(sum(rows) for rows in zip(*(part.rows for part in parts), strict=True)),
+                rows=in_each(part.rows for part in parts),
+                between=in_each(part.between for part in parts),
                 row_bytes=sum(part.row_bytes for part in parts),
                 other_bytes=sum(part.other_bytes for part in parts),
             )
@@ -239,14 +285,16 @@ def counted(cases: Sequence[Case], ranks: int, tokens: int, hidden_size: int) ->
     return found
 
 
-def lines_of(cases: Sequence[Case], sent: Sequence[Sent], ranks: int) -> list[dict[str, object]]:
+def lines_of(cases: Sequence[Case], sent: Sequence[Sent], ranks: int, nodes: int) -> list[dict[str, object]]:
     """One line for each case: rows per token of one transfer, bytes per token of all four."""
     return [
         {
             **asdict(case),
             "dispatcher": case.dispatcher,
             "rows_per_token": what.rows[0] / what.tokens,
-            "formula": case.formula(ranks),
+            "formula": case.formula(ranks, nodes),
+            "rows_between_nodes": what.between[0] / what.tokens,
+            "formula_between_nodes": case.between(ranks, nodes),
             "row_bytes_per_token": what.row_bytes / what.tokens,
             "other_bytes_per_token": what.other_bytes / what.tokens,
         }
@@ -260,16 +308,18 @@ def table(lines: Sequence[dict[str, object]], given: argparse.Namespace) -> str:
         f"{given.ranks} ranks, {given.tokens} tokens each, hidden width {given.hidden_size}, bfloat16. Rows that leave "
         "their rank, per token and transfer; bytes of all four transfers, per token. "
         "Rows to oneself are not counted.\n",
-        "| E | k | method | groups | rows | formula | bytes of rows | other bytes |",
-        "|---|---|---|---|---|---|---|---|",
     ]
+    heads = ["E", "k", "method", "groups", "rows", "formula", "bytes of rows", "other bytes"]
+    if given.nodes > 1:
+        heads[6:6] = ["between nodes", "formula"]
+    text += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for line in lines:
-        rows, formula = f"{line['rows_per_token']:.3f}", f"{line['formula']:.3f}"
+        rows = f"{line['rows_per_token']:.3f} | {line['formula']:.3f}"
+        if given.nodes > 1:
+            rows += f" | {line['rows_between_nodes']:.3f} | {line['formula_between_nodes']:.3f}"
         sizes = f"{line['row_bytes_per_token']:,.0f} | {line['other_bytes_per_token']:,.0f}"
         groups = line["groups"] or "-"
-        text.append(
-            f"| {line['experts']} | {line['choices']} | {line['method']} | {groups} | {rows} | {formula} | {sizes} |"
-        )
+        text.append(f"| {line['experts']} | {line['choices']} | {line['method']} | {groups} | {rows} | {sizes} |")
     return "\n".join(text)
 
 
@@ -278,6 +328,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--ranks", type=int, default=8, help="ranks that share the experts, all on this machine")
+    parser.add_argument("--nodes", type=int, default=1, help="that the ranks are taken to stand on")
     parser.add_argument("--experts", nargs="+", type=int, default=[8, 16, 64])
     parser.add_argument("--topk", nargs="+", type=int, default=[1, 2, 4, 8], help="experts per token")
     parser.add_argument("--tokens", type=int, default=512, help="of each rank, a multiple of --ranks")
@@ -290,6 +341,8 @@ def check(given: argparse.Namespace) -> None:
     """Raises ConfigError."""
     if given.ranks < 2:
         raise ConfigError(f"--ranks {given.ranks}: nothing leaves a rank alone; use 2 or more.")
+    if given.nodes < 1 or given.ranks % given.nodes:
+        raise ConfigError(f"--nodes {given.nodes}: expected a number that divides --ranks {given.ranks}.")
     if given.tokens < given.ranks or given.tokens % given.ranks:
         raise ConfigError(f"--tokens {given.tokens}: expected a multiple of --ranks {given.ranks}.")
     if min(given.topk) < 1:
@@ -306,8 +359,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     try:
         check(given)
-        cases = cases_of(given.experts, given.topk, given.ranks)
-        lines = lines_of(cases, counted(cases, given.ranks, given.tokens, given.hidden_size), given.ranks)
+        cases = cases_of(given.experts, given.topk, given.ranks, given.nodes)
+        lines = lines_of(cases, counted(cases, given), given.ranks, given.nodes)
     except MegatronMoEError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

@@ -22,10 +22,19 @@ class ExpertBatch:
     way_home: Any  # private to the dispatcher that made it
 
 
+@dataclass(frozen=True)
+class NodeAxes:
+    """The two halves of ep: rank of ep = between.rank · inside.size + inside.rank."""
+
+    between: Axis  # the ranks with the same place in their nodes
+    inside: Axis  # the ranks of the own node
+
+
 class Dispatcher(ABC):
     """Moves tokens to the ranks of `ep` (and the parts of `etp`) that hold their experts, and answers back."""
 
-    def __init__(self, num_experts: int, ep: Axis, etp: Axis) -> None:
+    def __init__(self, num_experts: int, ep: Axis, etp: Axis, nodes: NodeAxes | None = None) -> None:
+        """nodes: for a dispatcher that tells them apart."""
         self.num_experts = num_experts
         self.local_experts = num_experts // ep.size
         self.ep = ep

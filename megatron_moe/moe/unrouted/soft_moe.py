@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from megatron_moe.config.moe import MoEConfig
 from megatron_moe.config.options import option
 from megatron_moe.layers.context import ForwardContext
+from megatron_moe.moe.dispatch.dispatcher import NodeAxes
 from megatron_moe.moe.facts import Facts
 from megatron_moe.moe.layer import build_dispatcher
 from megatron_moe.moe.plan import RoutingPlan, TokenInfo
@@ -69,7 +70,8 @@ class SoftMoELayer(UnroutedLayer):
         self.phi = self.new_weight((experts * self.options.slots, site.hidden_size), site.hidden_size**-0.5)
         self.scale = self.new_parameter((1,), Init(constant=1.0))
         self.experts = self.new_experts()
-        self.dispatcher = build_dispatcher(self.config.token_dispatcher_type, experts, self.ep, self.etp)
+        nodes = NodeAxes(site.state.ep_node, site.state.ep_local)
+        self.dispatcher = build_dispatcher(self.config.token_dispatcher_type, experts, self.ep, self.etp, nodes=nodes)
 
     def forward_flops(self, length: int) -> float:
         """Experts' products for all slots, and two weighted sums, over the tokens that share them."""

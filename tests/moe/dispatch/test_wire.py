@@ -8,9 +8,10 @@ import pytest
 from ranks import run_on_ranks
 
 from megatron_moe.config.errors import ConfigError
-from tools.benchmark.wire_bytes import Case, Sent, cases_of, groups_for, main, ranks_of, send_all
+from tools.benchmark.wire_bytes import BY_NODE, Case, Sent, cases_of, groups_for, main, ranks_of, send_all
 
 RANKS, TOKENS, HIDDEN = 8, 128, 96
+NODES, INSIDE = 2, 4
 # groups that are two to a rank beside those of the table
 MORE = [Case("sam flat", 64, 4, 16), Case("sam hierarchical", 64, 4, 16), Case("sam flat", 64, 2, 2)]
 
@@ -18,14 +19,19 @@ MORE = [Case("sam flat", 64, 4, 16), Case("sam hierarchical", 64, 4, 16), Case("
 @pytest.fixture(scope="module")
 def sent() -> dict[Case, list[Sent]]:
     """What left each rank, for every case."""
-    cases = [*cases_of((8, 16, 64), (1, 2, 4, 8), RANKS), *MORE]
-    answers = run_on_ranks(RANKS, send_all, cases, TOKENS, HIDDEN)
+    cases = [*cases_of((8, 16, 64), (1, 2, 4, 8), RANKS, NODES), *MORE]
+    answers = run_on_ranks(RANKS, send_all, cases, TOKENS, HIDDEN, NODES)
     return {case: [answer[number] for answer in answers] for number, case in enumerate(cases)}
 
 
 def rows(parts: list[Sent]) -> int:
     """Of the first transfer, from all ranks."""
     return sum(part.rows[0] for part in parts)
+
+
+def between(parts: list[Sent]) -> int:
+    """Those of them that left their node."""
+    return sum(part.between[0] for part in parts)
 
 
 def test_all_four_transfers_carry_the_same_rows(sent: dict[Case, list[Sent]]) -> None:
@@ -39,14 +45,36 @@ def test_rows_are_those_of_the_formula(sent: dict[Case, list[Sent]]) -> None:
     everyone = RANKS * TOKENS
     for case, parts in sent.items():
         by_chance = case.dispatcher == "one_per_rank" and (case.groups is None or case == MORE[-1]) and case.choices > 1
-        if by_chance and case.experts > RANKS:
-            # a token and its seven images count as one draw; the number of ranks has a deviation below 1
-            assert rows(parts) / everyone == pytest.approx(case.formula(RANKS), abs=4 / math.sqrt(everyone / RANKS))
+        by_chance = by_chance and case.experts > RANKS
+        wanted, crossing = case.formula(RANKS, NODES), case.between(RANKS, NODES)
+        if by_chance or (case.dispatcher == "hierarchical" and case.choices > 1):
+            # a token and its seven images count as one draw; the number of ranks, or nodes, has a deviation below 1
+            assert rows(parts) / everyone == pytest.approx(wanted, abs=4 / math.sqrt(everyone / RANKS))
+            assert between(parts) / everyone == pytest.approx(crossing, abs=4 / math.sqrt(everyone / RANKS))
         else:
-            assert rows(parts) == round(everyone * case.formula(RANKS), 9), case
+            assert rows(parts) == round(everyone * wanted, 9), case
+            assert between(parts) == round(everyone * crossing, 9), case
+
+
+def test_a_token_visits_each_rank_that_holds_any_of_its_experts_once(sent: dict[Case, list[Sent]]) -> None:
+    for case, parts in sent.items():
+        visited = sum(part.visited for part in parts)
         if case.dispatcher == "one_per_rank":
-            # to each rank that holds any of a token's experts once, except the own one
-            assert RANKS * rows(parts) == (RANKS - 1) * sum(part.visited for part in parts)
+            # except the own one
+            assert RANKS * rows(parts) == (RANKS - 1) * visited
+            assert NODES * between(parts) == (NODES - 1) * visited
+        if case.dispatcher == "hierarchical":
+            assert INSIDE * (rows(parts) - between(parts)) == (INSIDE - 1) * visited
+
+
+def test_by_node_fewer_rows_cross_and_at_best_one_of_k(sent: dict[Case, list[Sent]]) -> None:
+    crossing = {(case.method, case.experts, case.choices): between(parts) for case, parts in sent.items()}
+    for experts in (8, 16, 64):
+        for k in (1, 2, 4, 8):
+            flat, once = crossing["top_k", experts, k], crossing["top_k, one per rank", experts, k]
+            assert flat / k <= crossing[BY_NODE, experts, k] <= once <= flat
+        # 8 of 64 experts stand on 1.996 nodes
+        assert 3.9 * crossing[BY_NODE, experts, 8] < crossing["top_k", experts, 8]
 
 
 def test_sam_sends_one_row_whatever_k_is_and_top_k_sends_k(sent: dict[Case, list[Sent]]) -> None:
@@ -69,6 +97,10 @@ def test_what_goes_with_the_rows_is_sixteen_bytes_for_each_assignment(sent: dict
             # where it goes (8), its weight (4), the weight's gradient (4); two counts to each other rank
             pairs = RANKS * TOKENS * case.choices * (RANKS - 1) // RANKS
             assert sum(part.other_bytes for part in parts) == 16 * pairs + 2 * 8 * RANKS * (RANKS - 1)
+        if case.dispatcher == "hierarchical":
+            halves = [RANKS * TOKENS * case.choices * (size - 1) // size for size in (NODES, INSIDE)]
+            counts = 2 * 8 * RANKS * (NODES - 1 + INSIDE - 1)
+            assert sum(part.other_bytes for part in parts) == 16 * sum(halves) + counts
 
 
 @pytest.mark.parametrize(
@@ -99,13 +131,20 @@ def test_the_table_and_its_lines_say_the_same(capsys: pytest.CaptureFixture[str]
     assert main(given) == 0
     text = capsys.readouterr().out
     assert "| 4 | 2 | sam flat | 2 | 0.500 | 0.500 | 64 |" in text
-    assert "Rows to oneself are not counted" in text
+    assert "Rows to oneself are not counted" in text and "between nodes" not in text
+    assert main([*given, "--nodes", "2"]) == 0
+    text = capsys.readouterr().out
+    assert "| rows | formula | between nodes | formula | bytes of rows |" in text
+    assert "| 4 | 2 | sam flat | 2 | 0.500 | 0.500 | 0.500 | 0.500 | 64 |" in text
+    assert f"| 4 | 2 | {BY_NODE} | - |" in text
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         (["--ranks", "1"], "--ranks 1: nothing leaves a rank alone"),
+        (["--nodes", "3"], "--nodes 3: expected a number that divides --ranks 8"),
+        (["--nodes", "0"], "--nodes 0: expected a number that divides --ranks 8"),
         (["--tokens", "9"], "--tokens 9: expected a multiple of --ranks 8"),
         (["--tokens", "0"], "--tokens 0: expected a multiple of --ranks 8"),
         (["--topk", "0"], "--topk 0: expected an integer of at least 1"),
