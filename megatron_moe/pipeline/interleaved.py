@@ -91,7 +91,7 @@ INTERLEAVED = Schedule(
     make=_interleaved,
     held=_held,
     span=_interleaved_span,
-    bubble="(p-1)·(F+B)",
+    bubble="(p-1)·(F+B) for m >= p",
     many_rounds=True,
 )
 # evaluation: nothing is kept for a backward pass
@@ -100,7 +100,7 @@ FORWARD_ONLY = Schedule(
     make=_forward_only,
     held=lambda shape, rank: 0,
     span=_forward_only_span,
-    bubble="(p-1)·F",
+    bubble="(p-1)·F for m >= p",
     many_rounds=True,
     trains=False,
 )

@@ -42,5 +42,6 @@ def _pairs(shape: Pipeline) -> int:
     return ranks * (shape.microbatches - ranks)
 
 
-# P is what a pair costs; the ranks wait differently long, this long on average, for m >= 2p
-OVERLAP = Schedule(name="1f1b_overlap", make=_1f1b_overlap, held=_held, span=_span, pairs=_pairs, bubble="(p-1)·P")
+OVERLAP = Schedule(
+    name="1f1b_overlap", make=_1f1b_overlap, held=_held, span=_span, pairs=_pairs, bubble="(p-1)·P for m >= 2p"
+)

@@ -43,15 +43,15 @@ def _no_pairs(shape: Pipeline) -> int:
 class Schedule:
     """A function from a pipeline's shape to the list of each rank, with what is promised of the lists.
 
-    The letters of `bubble`: p ranks, m microbatches, v rounds; F, I, W cost a forward pass, the input half and the
-    weight half of a backward pass in one stage; B = I + W.
+    The letters of `bubble`: p ranks, m microbatches, v rounds; F, I and W are the costs of a forward pass and of the
+    input and weight halves of a backward pass in one stage; B = I + W; P is the cost of a pair.
     """
 
     name: str
     make: Callable[[Pipeline], list[list[Entry]]]
     held: Callable[[Pipeline, int], int]  # of a rank: most pairs of stage and microbatch with activations in memory
     span: Callable[[Pipeline, Costs], Number]  # from first to last, all stages alike, passing on takes no time
-    bubble: str  # that time less a rank's own work, for m >= p: a formula to be shown to people
+    bubble: str  # that time less a rank's own work, on average over the ranks: a formula to be shown to people
     pairs: Callable[[Pipeline], int] = _no_pairs  # in the lists of all ranks together
     many_rounds: bool = False  # ranks may have several stages
     trains: bool = True

@@ -43,4 +43,4 @@ def _span(shape: Pipeline, costs: Costs) -> Number:
     return work + (shape.ranks - 1) * (costs.forward + costs.backward_input) - late * filled
 
 
-ZB_H1 = Schedule(name="zb_h1", make=_zb_h1, held=_held, span=_span, bubble="(p-1)·(F+I-min(F,I,W))")
+ZB_H1 = Schedule(name="zb_h1", make=_zb_h1, held=_held, span=_span, bubble="(p-1)·(F+I-min(F,I,W)) for m >= p")
