@@ -1,6 +1,8 @@
 """Every schedule is whole, never waits forever and holds what it states; the check that says so finds mistakes."""
 
-from collections.abc import Iterator
+from collections import defaultdict, deque
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -60,6 +62,59 @@ def test_large_pipelines_are_right_too(name: str, ranks: int, microbatches: int,
     lists = schedule(shape)
     check_schedule(lists, shape)
     check_memory(lists, shape, schedule.held)
+
+
+Message = tuple[tuple[int, int], tuple[int, int]]  # (sending rank, way on or back), (sending stage, microbatch)
+
+
+def message(action: Action, shape: Pipeline, *, received: bool) -> Message | None:
+    """What the action receives, or what it sends; a rank has one channel each way, to the next rank and to the last."""
+    way = 1 if action.kind is F else -1
+    sender, receiver = (action.stage - way, action.stage) if received else (action.stage, action.stage + way)
+    if action.kind is W or min(sender, receiver) < 0 or max(sender, receiver) == shape.stages:
+        return None
+    return (shape.rank_of(sender), way), (sender, action.microbatch)
+
+
+def arrive_where_they_should(lists: Sequence[Sequence[Entry]], shape: Pipeline) -> bool:
+    """Whether all ranks come to their ends when each takes what is first in its queue, whatever it is."""
+    queues: dict[tuple[int, int], deque[tuple[int, int]]] = defaultdict(deque)
+    waiting = [deque(entries) for entries in lists]
+    moved = True
+    while moved:
+        moved = False
+        for entries in waiting:
+            while entries:
+                parts = entries[0].parts
+                arriving = [found for action in parts if (found := message(action, shape, received=True))]
+                if not all(queues[queue] for queue, _ in arriving):
+                    break
+                for queue, wanted in arriving:
+                    if queues[queue].popleft() != wanted:
+                        return False
+                for action in parts:
+                    if sent := message(action, shape, received=False):
+                        queues[sent[0]].append(sent[1])
+                entries.popleft()
+                moved = True
+    return not any(waiting) and not any(queues.values())
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("num_ranks", [2, 3, 4, 7])
+def test_messages_without_numbers_arrive_where_they_should(name: str, num_ranks: int) -> None:
+    for shape in shapes(SCHEDULES[name], num_ranks):
+        lists = SCHEDULES[name](shape)
+        assert arrive_where_they_should(lists, shape)
+        if shape.microbatches > 1:
+            first, *others = lists
+            assert not arrive_where_they_should([[backwards(entry, shape) for entry in first], *others], shape)
+
+
+def backwards(entry: Entry, shape: Pipeline) -> Entry:
+    """The same of the microbatch that is as far from the end as this one is from the start."""
+    parts = [replace(action, microbatch=shape.microbatches - 1 - action.microbatch) for action in entry.parts]
+    return Pair(*parts) if isinstance(entry, Pair) else parts[0]
 
 
 @pytest.mark.parametrize("num_stages", range(1, 9))
