@@ -141,6 +141,7 @@ def test_logits_that_are_not_finite_end_with_an_error() -> None:
 
 TP, PP = "tensor_model_parallel_size", "pipeline_model_parallel_size"
 EP, ETP = "expert_model_parallel_size", "expert_tensor_parallel_size"
+NODE = "expert_model_parallel_ranks_per_node"
 # by ranks; data parallelism is what is left of them
 LAYOUTS: dict[int, list[Tables]] = {
     2: [{}, {TP: 2}, {PP: 2}, {EP: 2}, {ETP: 2}, {TP: 2, EP: 2, ETP: 1}],
@@ -149,6 +150,7 @@ LAYOUTS: dict[int, list[Tables]] = {
         {TP: 2, PP: 2},
         {EP: 4},
         {TP: 2, EP: 4, ETP: 1},
+        {TP: 2, EP: 4, ETP: 1, NODE: 2},
         {EP: 2, ETP: 2},
         {TP: 2, PP: 2, EP: 2, ETP: 1},
         {PP: 4},
