@@ -13,9 +13,16 @@ Schedule = Callable[[Pipeline], list[list[Entry]]]
 
 def sequential(shape: Pipeline) -> list[list[Entry]]:
     """One microbatch at a time, forward then backward: the least memory, stages idle most of the time."""
-    both = (Kind.FORWARD, Kind.BACKWARD)
     return [
-        [Action(kind, rank, number) for number in range(shape.microbatches) for kind in both]
+        [
+            Action(kind, stage, number)
+            for number in range(shape.microbatches)
+            for kind, stages in (
+                (Kind.FORWARD, shape.stages_of(rank)),
+                (Kind.BACKWARD, reversed(shape.stages_of(rank))),
+            )
+            for stage in stages
+        ]
         for rank in range(shape.ranks)
     ]
 
@@ -41,6 +48,31 @@ def _1f1b_rank(rank: int, shape: Pipeline, split: bool) -> list[Entry]:
     return actions
 
 
+def interleaved(shape: Pipeline) -> list[list[Entry]]:
+    """1F1B over several stages of each rank, a group of microbatches at a time.  [Megatron-LM, arXiv:2104.04473]"""
+    return [_interleaved_rank(rank, shape) for rank in range(shape.ranks)]
+
+
+def _interleaved_rank(rank: int, shape: Pipeline) -> list[Entry]:
+    groups = _groups(shape)
+    stages = shape.stages_of(rank)
+    forward: list[Entry] = [Action(Kind.FORWARD, s, number) for g in groups for s in stages for number in g]
+    backward: list[Entry] = [Action(Kind.BACKWARD, s, number) for g in groups for s in reversed(stages) for number in g]
+    warm_up = min(2 * (shape.ranks - rank - 1) + (shape.rounds - 1) * max(map(len, groups)), len(forward))
+    pairs = zip(forward[warm_up:], backward, strict=False)
+    rest = backward[len(forward) - warm_up :]
+    return [*forward[:warm_up], *(action for pair in pairs for action in pair), *rest]
+
+
+def _groups(shape: Pipeline) -> list[range]:
+    """Microbatches that turn to the next stage together; a rest of fewer than there are ranks joins the last group."""
+    group = shape.group or shape.ranks
+    starts = list(range(0, shape.microbatches, group))
+    if len(starts) > 1 and shape.microbatches - starts[-1] < shape.ranks:
+        starts.pop()
+    return [range(*pair) for pair in zip(starts, [*starts[1:], shape.microbatches], strict=True)]
+
+
 def forward_only(shape: Pipeline) -> list[list[Entry]]:
     """Evaluation: a microbatch after the other through all rounds."""
     return [
@@ -57,4 +89,5 @@ SCHEDULES: dict[str, Schedule] = {
     "sequential": sequential,
     "1f1b": one_forward_one_backward,
     "1f1b_split": split_one_forward_one_backward,
+    "interleaved": interleaved,
 }
