@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 TP, PP, CP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"
+ROUNDS = "num_virtual_stages_per_pipeline_rank"
 EP, ETP = "expert_model_parallel_size", "expert_tensor_parallel_size"
 
 
@@ -44,6 +45,16 @@ LAYOUTS: dict[str, Layout] = {
     "PP 2": Layout(2, {PP: 2}),
     "PP 2 sequential": Layout(2, {PP: 2, "pipeline_schedule": "sequential"}, 2),
     "PP 2 split backward": Layout(2, {PP: 2, "pipeline_schedule": "1f1b_split"}),
+    "PP 2 interleaved": Layout(2, {PP: 2, ROUNDS: 2}),
+    "PP 2 interleaved, embedding and head alone": Layout(
+        2,
+        {
+            PP: 2,
+            ROUNDS: 3,
+            "account_for_embedding_in_pipeline_split": True,
+            "account_for_loss_in_pipeline_split": True,
+        },
+    ),
     "EP 2": Layout(2, {EP: 2}),
     "ETP 2": Layout(2, {ETP: 2}),
     "DP 2 with ZeRO-1": Layout(2),
@@ -54,6 +65,7 @@ LAYOUTS: dict[str, Layout] = {
     "TP 2 x PP 2, logits of 4 tokens at a time, split backward": Layout(
         4, {TP: 2, PP: 2, "cross_entropy_chunk_size": 4, "pipeline_schedule": "1f1b_split"}, 2
     ),
+    "TP 2 x PP 2 interleaved": Layout(4, {TP: 2, PP: 2, ROUNDS: 2}, 2),
     "EP 4, at most an even part at a time": Layout(4, {EP: 4, "expert_rank_capacity_factor": 1.0}),
     "EP 2 x ETP 2, at most an even part at a time": Layout(4, {EP: 2, ETP: 2, "expert_rank_capacity_factor": 1.0}),
     "TP 2 x CP 2": Layout(4, {TP: 2, CP: 2}, 2),

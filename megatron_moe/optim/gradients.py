@@ -58,7 +58,7 @@ class Bucket:
         self, stage: int, members: Sequence[NamedParameter], state: ParallelState, sharded: bool, *, shared: bool
     ) -> None:
         """shared: several stages of this rank use the members."""
-        first = members[0][1]
+        self.name, first = members[0]
         self.stage = stage
         self.axis = state.axis(layout_of(first).reduce_over)
         self.sum_axes = [state.axis(name) for name in layout_of(first).sum_over]
@@ -205,6 +205,6 @@ class GradientBuckets:
         """
         chosen = [bucket for bucket in self._waiting if stage is None or (bucket.stage == stage and bucket.is_local)]
         self._waiting = [bucket for bucket in self._waiting if bucket not in chosen]
-        # those that wait for other stages come last
-        for bucket in sorted(chosen, key=lambda bucket: not bucket.is_local):
+        # those that wait for other stages come last, in an order that does not follow from which stages a rank has
+        for bucket in sorted(chosen, key=lambda bucket: (not bucket.is_local, "" if bucket.is_local else bucket.name)):
             bucket.reduce()

@@ -16,6 +16,7 @@ class Grid:
     """Sizes of all axes of one world; says which ranks share an axis with a rank.
 
     embedding_places: pipeline ranks that hold a copy of the one embedding; none = the two ends.
+    rounds: pipeline stages of each rank; from 2 on the last rank hands on to the first.
 
     Raises ConfigError when the sizes do not multiply to the world.
     """
@@ -27,6 +28,7 @@ class Grid:
     ep: int = 1
     etp: int = 1
     embedding_places: tuple[int, ...] | None = None
+    rounds: int = 1
 
     def __post_init__(self) -> None:
         dense = self.tp * self.cp * self.pp
@@ -108,6 +110,8 @@ AXIS_RANKS = {
     "cp": lambda grid, rank: grid._dense(rank, "cp"),
     "dp": lambda grid, rank: grid._dense(rank, "dp"),
     "pp": lambda grid, rank: grid._dense(rank, "pp"),
+    # from the last rank of the pipeline to the first: nobody goes there while each has one stage
+    "pp_wrap": lambda grid, rank: grid._dense(rank, "pp") if grid.rounds > 1 else (rank,),
     "dp_cp": lambda grid, rank: grid._dense(rank, "dp", "cp"),
     "tp_cp": lambda grid, rank: grid._dense(rank, "cp", "tp"),
     "stage": lambda grid, rank: grid._dense(rank, "dp", "cp", "tp"),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_moe.pipeline.actions import Action, Entry, Kind, flat
-from megatron_moe.pipeline.transfer import Edge, Transfer
+from megatron_moe.pipeline.transfer import Crossing, Edge, Transfer
 
 
 @dataclass(frozen=True)
@@ -86,24 +86,34 @@ class Executor:
     def _inputs(self, action: Action, program: Program) -> dict[str, Tensor]:
         if action.stage == 0:
             return {}
-        return self._transfer.receive_forward(program.edge(action.stage, action.microbatch))
+        return self._transfer.receive_forward(*_arrival(action, program))
 
     def _pass_on(self, action: Action, program: Program, played: Played) -> None:
         if action.stage + 1 < self._num_stages:
-            self._transfer.send_forward(played.outputs, program.edge(action.stage + 1, action.microbatch))
+            self._transfer.send_forward(played.outputs, *_departure(action, program))
 
     def _backward(self, action: Action, program: Program, held: _Held) -> None:
         roots: list[Tensor] = list(held.played.losses)
         gradients: list[Tensor | None] = [None] * len(roots)
         if action.stage + 1 < self._num_stages:
-            received = self._transfer.receive_backward(program.edge(action.stage + 1, action.microbatch))
+            received = self._transfer.receive_backward(*_departure(action, program))
             for name, gradient in received.items():
                 roots.append(held.played.outputs[name])
                 gradients.append(gradient)
         torch.autograd.backward(roots, gradients)
         if action.stage:
             found = {name: _gradient(tensor) for name, tensor in held.inputs.items()}
-            self._transfer.send_backward(found, program.edge(action.stage, action.microbatch))
+            self._transfer.send_backward(found, *_arrival(action, program))
+
+
+def _arrival(action: Action, program: Program) -> tuple[Edge, Crossing]:
+    """Where the action's microbatch comes into its stage."""
+    return program.edge(action.stage, action.microbatch), Crossing(action.stage, action.microbatch)
+
+
+def _departure(action: Action, program: Program) -> tuple[Edge, Crossing]:
+    """Where it goes on to the next one."""
+    return program.edge(action.stage + 1, action.microbatch), Crossing(action.stage + 1, action.microbatch)
 
 
 def _gradient(tensor: Tensor) -> Tensor:

@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from megatron_moe.config.run import RunConfig
+from megatron_moe.config.stages import num_rounds, schedule_name
 from megatron_moe.data.batch import Batch
 from megatron_moe.layers.weight_gradients import collect_small_gradients
-from megatron_moe.models.build import build_stages, embedding_places, gpt_spec, initialise_stages
+from megatron_moe.models.build import build_stages, embedding_places, gpt_spec, initialise_stages, stage_parts
 from megatron_moe.moe.sparse_layer import SparseLayer
 from megatron_moe.optim.clip import clip_
 from megatron_moe.optim.gradients import GradientBuckets
@@ -39,6 +40,7 @@ def grid_of(config: RunConfig, world_size: int) -> Grid:
         ep=parallel.expert_model_parallel_size,
         etp=parallel.expert_tensor,
         embedding_places=embedding_places(config),
+        rounds=num_rounds(config.model, parallel),
     )
 
 
@@ -60,7 +62,7 @@ class Engine:
         self.state = state
         self.device = device
         self.spec = gpt_spec(config, vocab_size)
-        self.stages = build_stages(self.spec, state)
+        self.stages = build_stages(self.spec, state, stage_parts(config))
         initialise_stages(self.stages, state, config.training.seed, device)
         for stage in self.stages:
             collect_small_gradients(stage)
@@ -79,9 +81,9 @@ class Engine:
         self._validation_metrics = MetricsReducer(state, device)
         # the executor numbers stages over the pipeline, the buckets over this rank
         self._executor = Executor(
-            state.pp.size,
-            Transfer(state.pp, state.pp_back, device),
-            complete=lambda stage: self.buckets.reduce(stage - state.pp.rank),
+            state.pp.size * len(self.stages),
+            Transfer(state, device),
+            complete=lambda stage: self.buckets.reduce(stage // state.pp.size),
         )
 
     @property
@@ -99,7 +101,7 @@ class Engine:
             layer.before_step(step / training.num_steps)
         program, counts = self._program(batches, self._random.at(step=step), self.objective, train=True)
         self.buckets.zero_()
-        schedule = SCHEDULES[self.config.parallel.pipeline_schedule](Pipeline(self.state.pp.size, len(batches)))
+        schedule = SCHEDULES[schedule_name(self.config.model, self.config.parallel)](self._pipeline(len(batches)))
         self._executor.train(schedule[self.state.pp.rank], program)
         self.buckets.reduce()
         norm = clip_(self.buckets, self.config.optimizer.clip_grad)
@@ -116,9 +118,13 @@ class Engine:
     def evaluate(self, batches: Sequence[Batch]) -> tuple[StepMetrics, float]:
         """The metrics of one global batch without learning from it, and over how many tokens its loss is the mean."""
         program, counts = self._program(batches, self._random, Objective(), train=False)
-        schedule = forward_only(Pipeline(self.state.pp.size, len(batches)))
+        schedule = forward_only(self._pipeline(len(batches)))
         self._executor.evaluate(schedule[self.state.pp.rank], program)
         return self._validation_metrics.reduce(program.findings, counts), counts.loss_tokens
+
+    def _pipeline(self, microbatches: int) -> Pipeline:
+        group = self.config.parallel.microbatch_group_size_per_virtual_pipeline_stage
+        return Pipeline(self.state.pp.size, microbatches, len(self.stages), group)
 
     def _program(
         self, batches: Sequence[Batch], random: KeyedRandom, objective: Objective, *, train: bool

@@ -123,7 +123,7 @@ class StepProgram:
         """random: at (seed, step).   aux_share: what each layer's auxiliary losses are multiplied by.   chunk: tokens
         whose logits are in memory at once; None: all."""
         self._chunk = chunk
-        self._stages = dict(enumerate(stages, start=state.pp.rank))
+        self._stages = {stage.number: stage for stage in stages}
         self._batches = batches
         self._views = [self._views_of(batch, state, objective.num_passes, device) for batch in batches]
         self._objective = objective
