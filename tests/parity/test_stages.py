@@ -1,14 +1,18 @@
 """However the layers are cut into stages, and however many of them a rank has, a model is what one process makes it."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
+import torch
 from ranks import run_on_ranks
 
 from megatron_moe.certify.layouts import CP, EP, PP, ROUNDS, TP
-from megatron_moe.certify.tiny_model import tiny_config
+from megatron_moe.certify.tiny_model import VOCAB, pairs, samples, tiny_config
 from megatron_moe.certify.tiny_run import TOLERANCE, Outcome, alone, outcome_of, run_all, worst_difference
 from megatron_moe.config.run import RunConfig
+from megatron_moe.parallel.state import ParallelState
+from megatron_moe.training.engine import Engine, grid_of
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -75,3 +79,25 @@ def test_every_way_of_cutting_equals_one_process(ranks: int, wanted: dict[str, O
     for number, (model, layout) in enumerate(cases(ranks)):
         differences = worst_difference(outcome_of([rank[number] for rank in answers]), wanted[model])
         assert max(differences.values()) < TOLERANCE, f"{model} on {layout}: {differences}"
+
+
+def evaluate_all(rank: int, world_size: int, configs: Sequence[RunConfig]) -> list[float]:
+    """The loss of one global batch that nothing is learnt from."""
+    found = []
+    for config in configs:
+        state = ParallelState.alone() if world_size == 1 else ParallelState.distributed(grid_of(config, world_size))
+        draw = pairs if config.model.encoder_num_layers else samples
+        engine = Engine(config, state, torch.device("cpu"), VOCAB)
+        found.append(engine.evaluate([draw([number]) for number in range(3)])[0].loss)
+    return found
+
+
+def test_evaluation_goes_round_as_well() -> None:
+    layouts = {
+        "dense": [{PP: 2, ROUNDS: 2}, {PP: 2, LAYOUT: "E|ttt|t|L"}],
+        "sparse encoder-decoder": [{PP: 2, ROUNDS: 3}, {PP: 2, LAYOUT: "E|ee|t|tttL"}],
+    }
+    configs = [config_of(model, layout) for model, found in layouts.items() for layout in found]
+    wanted = evaluate_all(0, 1, [config_of(model, {}) for model, found in layouts.items() for _ in found])
+    for found in run_on_ranks(2, evaluate_all, configs):
+        assert found == pytest.approx(wanted, rel=TOLERANCE)
