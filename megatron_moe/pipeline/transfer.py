@@ -75,6 +75,8 @@ class Transfer:
         return self._onward[0].size == 1
 
     def _send(self, axis: Axis, to: int, tensors: Mapping[str, Tensor]) -> None:
+        # what has left need not stay in memory until the end of the step
+        self._sending = [pending for pending in self._sending if not pending.is_over()]
         self._sending += [axis.comm.send(tensor, to) for tensor in tensors.values() if tensor.numel()]
 
     def _receive(self, axis: Axis, source: int, edge: Edge) -> dict[str, Tensor]:

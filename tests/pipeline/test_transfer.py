@@ -1,5 +1,6 @@
 """The ring of a pipeline: everybody hears his neighbour, and no two ranks send both ways on one channel."""
 
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -65,3 +66,44 @@ def test_a_pipeline_of_one_stage_a_rank_has_no_way_round() -> None:
     assert state.pp_wrap.size == state.pp_wrap_back.size == 1
     state, _ = ParallelState.recorded(Grid(4, pp=2, rounds=2), 1)
     assert state.pp_wrap.ranks == state.pp_wrap_back.ranks == state.pp.ranks
+
+
+class Leaving(Pending):
+    """A tensor under way, until somebody says that it has left."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor, self.left, self.waited = tensor, False, False
+
+    def wait(self) -> None:
+        self.waited = True
+
+    def is_over(self) -> bool:
+        return self.left
+
+
+class Slow(Identity):
+    """Keeps what it sends until it has left."""
+
+    def __init__(self) -> None:
+        self.sent: list[Leaving] = []
+
+    def send(self, tensor: Tensor, to: int) -> Pending:
+        self.sent.append(Leaving(tensor))
+        return self.sent[-1]
+
+
+def test_what_has_left_is_let_go_and_what_has_not_is_waited_for() -> None:
+    slow = Slow()
+    state = ParallelState.build(Grid(2, pp=2), 0, lambda name, ranks, place: slow)
+    transfer = Transfer(state, torch.device("cpu"))
+    for number in range(3):
+        transfer.send_forward({"hidden": torch.zeros(2)}, EDGE, Crossing(1, number))
+        slow.sent[number].left = number == 0
+    first, second, third = map(weakref.ref, slow.sent)
+    slow.sent.clear()
+    assert first() is None
+    for known in (second(), third()):
+        assert known is not None and not known.waited
+        slow.sent.append(known)
+    transfer.finish()
+    assert all(pending.waited for pending in slow.sent)
