@@ -12,11 +12,22 @@ EP, ETP = "expert_model_parallel_size", "expert_tensor_parallel_size"
 
 @dataclass(frozen=True)
 class Layout:
-    """Ranks, fields of [parallel], and samples in a microbatch."""
+    """Ranks, fields of [parallel], and samples in a microbatch.
+
+    uneven: four stages of very different sizes, written out for each model.
+    """
 
     ranks: int
     parallel: Mapping[str, Any] = field(default_factory=dict)
     micro_batch_size: int = 1
+    uneven: bool = False
+
+    def fields_for(self, encoder_layers: int, decoder_layers: int) -> dict[str, Any]:
+        """Fields of [parallel] for a model of so many layers."""
+        if not self.uneven:
+            return dict(self.parallel)
+        layers = "e" * encoder_layers + "t" * decoder_layers
+        return {**self.parallel, "pipeline_model_parallel_layout": f"E|{layers[0]}|{layers[1:-1]}|{layers[-1]}L"}
 
     def samples_of_a_rank(self, global_batch: int) -> int:
         """Of one data-parallel rank in a step."""
@@ -55,6 +66,7 @@ LAYOUTS: dict[str, Layout] = {
             "account_for_loss_in_pipeline_split": True,
         },
     ),
+    "PP 2 interleaved, uneven": Layout(2, {PP: 2}, uneven=True),
     "EP 2": Layout(2, {EP: 2}),
     "ETP 2": Layout(2, {ETP: 2}),
     "DP 2 with ZeRO-1": Layout(2),
