@@ -84,13 +84,15 @@ def certify(subject: Subject, *, max_ranks: int = 8) -> list[Row]:
 
 
 def _config(subject: Subject, layout: Layout) -> RunConfig:
+    sizes = subject.config({}, 1).model
+    parallel = layout.fields_for(sizes.encoder_num_layers, sizes.num_layers)
     try:
-        return _checked(subject.config(layout.parallel, layout.micro_batch_size), layout.ranks)
+        return _checked(subject.config(parallel, layout.micro_batch_size), layout.ranks)
     except ConfigError:
         if ETP in layout.parallel or TP not in layout.parallel:
             raise
     # expert tensor parallelism follows the tensor size unless it is given: some methods want it given as 1
-    return _checked(subject.config({**layout.parallel, ETP: 1}, layout.micro_batch_size), layout.ranks)
+    return _checked(subject.config({**parallel, ETP: 1}, layout.micro_batch_size), layout.ranks)
 
 
 def _checked(config: RunConfig, ranks: int) -> RunConfig:

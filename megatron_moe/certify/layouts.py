@@ -6,17 +6,29 @@ from dataclasses import dataclass, field
 from typing import Any
 
 TP, PP, CP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"
+ROUNDS = "num_virtual_stages_per_pipeline_rank"
 EP, ETP = "expert_model_parallel_size", "expert_tensor_parallel_size"
 NODE = "expert_model_parallel_ranks_per_node"
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Ranks, fields of [parallel], and samples in a microbatch."""
+    """Ranks, fields of [parallel], and samples in a microbatch.
+
+    uneven: four stages of very different sizes, written out for each model.
+    """
 
     ranks: int
     parallel: Mapping[str, Any] = field(default_factory=dict)
     micro_batch_size: int = 1
+    uneven: bool = False
+
+    def fields_for(self, encoder_layers: int, decoder_layers: int) -> dict[str, Any]:
+        """Fields of [parallel] for a model of so many layers."""
+        if not self.uneven:
+            return dict(self.parallel)
+        layers = "e" * encoder_layers + "t" * decoder_layers
+        return {**self.parallel, "pipeline_model_parallel_layout": f"E|{layers[0]}|{layers[1:-1]}|{layers[-1]}L"}
 
     def samples_of_a_rank(self, global_batch: int) -> int:
         """Of one data-parallel rank in a step."""
@@ -45,6 +57,17 @@ LAYOUTS: dict[str, Layout] = {
     "PP 2": Layout(2, {PP: 2}),
     "PP 2 sequential": Layout(2, {PP: 2, "pipeline_schedule": "sequential"}, 2),
     "PP 2 split backward": Layout(2, {PP: 2, "pipeline_schedule": "1f1b_split"}),
+    "PP 2 interleaved": Layout(2, {PP: 2, ROUNDS: 2}),
+    "PP 2 interleaved, embedding and head alone": Layout(
+        2,
+        {
+            PP: 2,
+            ROUNDS: 3,
+            "account_for_embedding_in_pipeline_split": True,
+            "account_for_loss_in_pipeline_split": True,
+        },
+    ),
+    "PP 2 interleaved, uneven": Layout(2, {PP: 2}, uneven=True),
     "EP 2": Layout(2, {EP: 2}),
     "EP 2 overlapped": Layout(2, {EP: 2, "pipeline_schedule": "1f1b_overlap"}),
     "PP 2 x EP 2 overlapped, recomputation": Layout(
@@ -60,6 +83,7 @@ LAYOUTS: dict[str, Layout] = {
     "TP 2 x PP 2, logits of 4 tokens at a time, split backward": Layout(
         4, {TP: 2, PP: 2, "cross_entropy_chunk_size": 4, "pipeline_schedule": "1f1b_split"}, 2
     ),
+    "TP 2 x PP 2 interleaved": Layout(4, {TP: 2, PP: 2, ROUNDS: 2}, 2),
     "EP 4, at most an even part at a time": Layout(4, {EP: 4, "expert_rank_capacity_factor": 1.0}),
     "EP 2 x ETP 2, at most an even part at a time": Layout(4, {EP: 2, ETP: 2, "expert_rank_capacity_factor": 1.0}),
     "TP 2 x CP 2": Layout(4, {TP: 2, CP: 2}, 2),

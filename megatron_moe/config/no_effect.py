@@ -8,7 +8,9 @@ from typing import Any
 
 from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.moe import PLACES
+from megatron_moe.config.pipeline import ACCOUNTED
 from megatron_moe.config.sections import Sections, all_settings
+from megatron_moe.config.stages import schedule_name, stage_sizes
 from megatron_moe.config.values import written
 
 # Only these were set by a person who can take them back; a saved configuration holds values of every kind of run.
@@ -133,6 +135,17 @@ RULES = (
         ("parallel.overlap_param_gather",),
         lambda run: not run.parallel.use_distributed_optimizer,
         "without --use-distributed-optimizer, for every rank updates all weights itself; leave it out",
+    ),
+    Rule(
+        tuple(f"parallel.{name}" for name in ACCOUNTED),
+        lambda run: len(stage_sizes(run.model, run.parallel)) == 1,
+        "with one stage, which has all layers; leave it out, or use a larger --pipeline-model-parallel-size",
+    ),
+    Rule(
+        ("parallel.microbatch_group_size_per_virtual_pipeline_stage",),
+        lambda run: schedule_name(run.model, run.parallel) != "interleaved",
+        "with a schedule that does not turn from stage to stage; leave it out, or give a rank several stages with "
+        "--num-virtual-stages-per-pipeline-rank",
     ),
     Rule(
         RELATIVE,

@@ -39,10 +39,47 @@ class ParallelConfig:
     sequence_parallel: bool | None = option(
         None, "keep the hidden state split over tp along the sequence; none = whenever tp > 1"
     )
-    pipeline_schedule: str = option(
-        "1f1b",
-        "order of the micro-batches: 1F1B, or one micro-batch at a time (least memory, stages mostly idle)",
-        choices=("1f1b", "1f1b_split", "1f1b_overlap", "sequential"),
+    num_layers_per_virtual_pipeline_stage: int | None = option(
+        None,
+        "layers of a stage, of which each pipeline rank then has several; none = as --num-virtual-stages-per-"
+        "pipeline-rank says",
+        at_least=1,
+    )
+    num_virtual_stages_per_pipeline_rank: int | None = option(
+        None,
+        "stages of each pipeline rank, far apart in the model: less idle time, more transfers; none = 1",
+        at_least=1,
+    )
+    microbatch_group_size_per_virtual_pipeline_stage: int | None = option(
+        None,
+        "of several stages a rank: micro-batches that pass one before the rank turns to its next; none = as many as "
+        "there are pipeline ranks",
+        at_least=1,
+    )
+    pipeline_model_parallel_layout: str | None = option(
+        None,
+        "what each stage holds, such as Ett|(ttt|)*6tt|L: E embedding, t decoder layer, e encoder layer, L loss; "
+        "several stages a rank when there are more than ranks; none = even stages",
+    )
+    decoder_first_pipeline_num_layers: int | None = option(
+        None, "layers of the first pipeline rank; none = as the others", at_least=1
+    )
+    decoder_last_pipeline_num_layers: int | None = option(
+        None, "layers of the last pipeline rank; none = as the others", at_least=1
+    )
+    account_for_embedding_in_pipeline_split: bool = option(
+        False, "the first stage has one layer less, as if the embedding were one"
+    )
+    account_for_loss_in_pipeline_split: bool = option(
+        False, "the last stage has one layer less, as if head and loss were one"
+    )
+    pipeline_schedule: str | None = option(
+        None,
+        "order of the micro-batches: sequential = one at a time (least memory, stages mostly idle), 1f1b, 1f1b_split = "
+        "with the backward pass in two halves, interleaved = of several stages a rank, zb_h1 = halves moved to where "
+        "the rank would be idle, 1f1b_overlap = one micro-batch computes while another's tokens travel; none = "
+        "interleaved where ranks have several stages, else 1f1b",
+        choices=("sequential", "1f1b", "1f1b_split", "interleaved", "zb_h1", "1f1b_overlap"),
     )
     recompute_granularity: str | None = option(
         None,

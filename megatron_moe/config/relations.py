@@ -9,6 +9,7 @@ from megatron_moe.config.data import DataConfig
 from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.moe import MoEConfig
 from megatron_moe.config.parallel import RECOMPUTE_MODULES
+from megatron_moe.config.pipeline import check_pipeline
 from megatron_moe.config.sections import Sections
 from megatron_moe.config.span_lengths import fits, raw_length
 
@@ -75,16 +76,6 @@ def _tensor(run: Sections) -> None:
         raise ConfigError(
             "--sequence-parallel has no effect with --tensor-model-parallel-size 1; leave it out (it is on by itself "
             "whenever the tensor size is above 1)."
-        )
-
-
-def _pipeline(run: Sections) -> None:
-    size = run.parallel.pipeline_model_parallel_size
-    if run.model.all_layers < size:
-        both = f"--encoder-num-layers {run.model.encoder_num_layers} and " if run.model.encoder_num_layers else ""
-        raise ConfigError(
-            f"{both}--num-layers {run.model.num_layers} cannot fill --pipeline-model-parallel-size {size}: each stage "
-            f"needs a layer; use {run.model.all_layers} stages or fewer."
         )
 
 
@@ -268,7 +259,7 @@ def _learning_rate(run: Sections) -> None:
 CHECKS = (
     _vocabulary,
     _tensor,
-    _pipeline,
+    check_pipeline,
     _objective,
     _sequence,
     _experts,

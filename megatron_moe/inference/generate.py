@@ -19,7 +19,7 @@ from megatron_moe.models.gpt import GPTSpec, GPTStage
 from megatron_moe.parallel.collectives import gather_rows
 from megatron_moe.parallel.random import KeyedRandom
 from megatron_moe.parallel.state import ParallelState
-from megatron_moe.pipeline.transfer import Transfer
+from megatron_moe.pipeline.transfer import Crossing, Transfer
 
 _NOT_FINITE = -1  # told instead of a token, so that all ranks raise together
 
@@ -62,8 +62,9 @@ class _Batch:
 class Generator:
     """Goes on from prompts. Collective: all ranks make the same calls with the same arguments.
 
-    stages: this rank's, one.   spec: only ids below spec.vocab_size are chosen.   max_batch: prompts that may run
-    together.   start_id: of an encoder-decoder model, whose encoder reads the prompts: what the decoder reads first.
+    stages: this rank's, one: more would only lengthen the way of each token.   spec: only ids below spec.vocab_size are
+    chosen.   max_batch: prompts that may run together.   start_id: of an encoder-decoder model, whose encoder reads the
+    prompts: what the decoder reads first.
     Raises ConfigError under context parallelism, and for a model that needs whole sequences.
     """
 
@@ -88,7 +89,7 @@ class Generator:
         self._state = state
         self._vocab_size = spec.vocab_size
         self._device = device
-        self._transfer = Transfer(state.pp, state.pp_back, device)
+        self._transfer = Transfer(state, device)
         # where samples share routing groups, one could push another's tokens out: each runs alone
         shared = any(layer.moe is not None and layer.moe.routing_group_samples > 1 for layer in spec.layers)
         self._max_batch = 1 if shared else max_batch
@@ -183,11 +184,13 @@ class Generator:
             encoded=source is not None and view.start > 0,
         )
         number = self._stage.number
-        received = {} if self._stage.first else self._transfer.receive_forward(self._stage.edge(number, ctx))
+        received = {}
+        if not self._stage.first:
+            received = self._transfer.receive_forward(self._stage.edge(number, ctx), Crossing(number, 0))
         output: dict[str, Tensor] = self._stage(received, ctx).tensors
         if self._stage.last:
             return output["logits"][-1]
-        self._transfer.send_forward(output, self._stage.edge(number + 1, ctx))
+        self._transfer.send_forward(output, self._stage.edge(number + 1, ctx), Crossing(number + 1, 0))
         self._transfer.finish()
         return None
 

@@ -1,19 +1,21 @@
 """From the configuration to this rank's stages, on meta, then in memory."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import nn
 
 from megatron_moe.config.run import RunConfig
+from megatron_moe.config.stages import stage_sizes
 from megatron_moe.layers.attention import AttentionShape
 from megatron_moe.layers.recompute import Recomputation
 from megatron_moe.models.gpt import GPTSpec, GPTStage
 from megatron_moe.models.transformer import LayerSpec
 from megatron_moe.parallel.layout import materialise
 from megatron_moe.parallel.state import ParallelState
-from megatron_moe.pipeline.partition import stage_layers
+from megatron_moe.pipeline.partition import parts_of, stage_layers
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
@@ -107,7 +109,7 @@ def _layer(config: RunConfig, vocab_size: int, stack: int, *, causal: bool) -> L
 
 def stage_parts(config: RunConfig) -> list[range]:
     """The layers of each stage of the pipeline, those of the encoder counted first."""
-    return stage_layers(config.model.all_layers, config.parallel.pipeline_model_parallel_size)
+    return parts_of(stage_sizes(config.model, config.parallel))
 
 
 def embedding_places(config: RunConfig) -> tuple[int, ...]:
@@ -121,10 +123,13 @@ def embedding_places(config: RunConfig) -> tuple[int, ...]:
     return tuple(sorted({stage % size for stage in stages}))
 
 
-def build_stages(spec: GPTSpec, state: ParallelState) -> list[GPTStage]:
-    """This rank's stages on meta: shapes and layouts, no memory."""
-    parts = stage_layers(len(spec.layers), state.pp.size)
-    return [GPTStage(spec, parts, state.pp.rank, state)]
+def build_stages(spec: GPTSpec, state: ParallelState, parts: Sequence[range] | None = None) -> list[GPTStage]:
+    """This rank's stages on meta: shapes and layouts, no memory.
+
+    parts: the layers of every stage of the pipeline, a multiple of its ranks; none = one stage a rank, even ones.
+    """
+    parts = parts or stage_layers(len(spec.layers), state.pp.size)
+    return [GPTStage(spec, parts, number, state) for number in range(state.pp.rank, len(parts), state.pp.size)]
 
 
 def initialise_stages(stages: list[GPTStage], state: ParallelState, seed: int, device: torch.device) -> None:

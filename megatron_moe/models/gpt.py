@@ -1,7 +1,7 @@
 """Both model families as pipeline stages: decoder only, and encoder-decoder (T5, Switch, ST-MoE).
 
 The layers of the encoder come first and those of the decoder after them in one list, of which a stage is a run: the
-two may be cut anywhere, and one stage may hold parts of both.
+two may be cut anywhere, and one stage may hold parts of both, or no layer at all: the embedding or the head alone.
 """
 
 from collections.abc import Sequence
@@ -84,7 +84,8 @@ class GPTStage(nn.Module):
         self.tp = state.tp
         self.first = number == 0
         self.last = number == len(parts) - 1
-        if self.first or spec.encoder_layers in layers or (self.last and spec.tied):
+        between = spec.encoder_layers > 0 and spec.encoder_layers in layers
+        if self.first or between or (self.last and spec.tied):
             # two streams, or the two ends of a pipeline, have one embedding
             shared = spec.tied or spec.encoder_layers > 0
             self.embedding = VocabularyEmbedding(

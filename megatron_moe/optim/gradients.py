@@ -67,7 +67,7 @@ class Bucket:
         self, stage: int, members: Sequence[NamedParameter], state: ParallelState, sharded: bool, *, shared: bool
     ) -> None:
         """shared: several stages of this rank use the members."""
-        first = members[0][1]
+        self.name, first = members[0]
         self.stage = stage
         self.axis = state.axis(layout_of(first).reduce_over)
         self.sum_axes = [state.axis(name) for name in layout_of(first).sum_over]
@@ -256,8 +256,10 @@ class GradientBuckets:
         if stage is not None:
             self._reduce(self._local(stage))
             return
-        # those that wait for other stages come last
-        self._reduce(sorted(self._waiting, key=lambda bucket: not bucket.is_local))
+        # those that wait for other stages come last, in an order that does not follow from which stages a rank has
+        self._reduce(
+            sorted(self._waiting, key=lambda bucket: (not bucket.is_local, "" if bucket.is_local else bucket.name))
+        )
         for bucket in self._under_way:
             bucket.finish_reduce()
         self._under_way = []

@@ -26,12 +26,19 @@ class Pending(ABC):
     @abstractmethod
     def wait(self) -> None: ...
 
+    @abstractmethod
+    def is_over(self) -> bool:
+        """True when it is known, without waiting, that the tensor is not needed any more (gloo knows after a wait)."""
+
 
 class Done(Pending):
     """A transfer that needed no time."""
 
     def wait(self) -> None:
         return
+
+    def is_over(self) -> bool:
+        return True
 
 
 class Communicator(ABC):
@@ -127,6 +134,9 @@ class _Work(Pending):
 
     def wait(self) -> None:
         self._work.wait()
+
+    def is_over(self) -> bool:
+        return self._work.is_completed()
 
 
 class Torch(Communicator):

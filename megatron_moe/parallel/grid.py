@@ -18,6 +18,7 @@ class Grid:
 
     embedding_places: pipeline ranks that hold a copy of the one embedding; none = the two ends.
     ep_ranks_per_node: ranks of ep that stand in one node; none = all of them.
+    rounds: pipeline stages of each rank; from 2 on the last rank hands on to the first.
 
     Raises ConfigError when the sizes do not multiply to the world.
     """
@@ -30,6 +31,7 @@ class Grid:
     etp: int = 1
     embedding_places: tuple[int, ...] | None = None
     ep_ranks_per_node: int | None = None
+    rounds: int = 1
 
     def __post_init__(self) -> None:
         dense = self.tp * self.cp * self.pp
@@ -137,6 +139,8 @@ AXIS_RANKS = {
     "cp": lambda grid, rank: grid._dense(rank, "cp"),
     "dp": lambda grid, rank: grid._dense(rank, "dp"),
     "pp": lambda grid, rank: grid._dense(rank, "pp"),
+    # from the last rank of the pipeline to the first: nobody goes there while each has one stage
+    "pp_wrap": lambda grid, rank: grid._dense(rank, "pp") if grid.rounds > 1 else (rank,),
     "dp_cp": lambda grid, rank: grid._dense(rank, "dp", "cp"),
     "tp_cp": lambda grid, rank: grid._dense(rank, "cp", "tp"),
     "stage": lambda grid, rank: grid._dense(rank, "dp", "cp", "tp"),

@@ -40,6 +40,8 @@ class ParallelState:
     dp: Axis
     pp: Axis
     pp_back: Axis  # as pp, but its own channel: gradients must not queue behind activations
+    pp_wrap: Axis  # from the pipeline's last rank on to its first, where ranks have several stages
+    pp_wrap_back: Axis
     ep: Axis
     ep_node: Axis  # one rank of ep in each node; only myself where ep is not cut into nodes
     ep_local: Axis  # the ranks of ep in my node: all of them where ep is not cut
@@ -98,5 +100,8 @@ class ParallelState:
 
 
 def _channel(name: str, ranks: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
-    """Axes over the same ranks share one process group, except the way back of the pipeline."""
-    return ("back" if name.endswith("_back") else "", ranks)
+    """Axes over the same ranks share one process group, except the pipeline's: two ranks must never send both ways on
+    one of them, where each may be waiting for the other. In a ring of three or more nobody does."""
+    wrap = "wrap" if name.startswith("pp_wrap") and len(ranks) == 2 else ""
+    back = "back" if name.endswith("_back") else ""
+    return (wrap + back, ranks)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatron_moe.parallel.turns import Filler, Turns, no_filler
 from megatron_moe.pipeline.actions import Action, Entry, Kind, Pair, flat
-from megatron_moe.pipeline.transfer import Edge, Transfer
+from megatron_moe.pipeline.transfer import Crossing, Edge, Transfer
 
 
 @dataclass(frozen=True)
@@ -154,17 +154,17 @@ class Executor:
     def _inputs(self, action: Action, program: Program) -> dict[str, Tensor]:
         if action.stage == 0:
             return {}
-        return self._transfer.receive_forward(program.edge(action.stage, action.microbatch))
+        return self._transfer.receive_forward(*_arrival(action, program))
 
     def _pass_on(self, action: Action, program: Program, played: Played) -> None:
         if action.stage + 1 < self._num_stages:
-            self._transfer.send_forward(played.outputs, program.edge(action.stage + 1, action.microbatch))
+            self._transfer.send_forward(played.outputs, *_departure(action, program))
 
     def _gradients(self, action: Action, program: Program) -> dict[str, Tensor]:
         """Of what the stage passed on."""
         if action.stage + 1 == self._num_stages:
             return {}
-        return self._transfer.receive_backward(program.edge(action.stage + 1, action.microbatch))
+        return self._transfer.receive_backward(*_departure(action, program))
 
     def _backward(self, held: _Held, gradients: dict[str, Tensor]) -> None:
         roots = [*held.played.losses, *(held.played.outputs[name] for name in gradients)]
@@ -173,7 +173,17 @@ class Executor:
     def _pass_back(self, action: Action, program: Program, held: _Held) -> None:
         if action.stage:
             found = {name: _gradient(tensor) for name, tensor in held.inputs.items()}
-            self._transfer.send_backward(found, program.edge(action.stage, action.microbatch))
+            self._transfer.send_backward(found, *_arrival(action, program))
+
+
+def _arrival(action: Action, program: Program) -> tuple[Edge, Crossing]:
+    """Where the action's microbatch comes into its stage."""
+    return program.edge(action.stage, action.microbatch), Crossing(action.stage, action.microbatch)
+
+
+def _departure(action: Action, program: Program) -> tuple[Edge, Crossing]:
+    """Where it goes on to the next one."""
+    return program.edge(action.stage + 1, action.microbatch), Crossing(action.stage + 1, action.microbatch)
 
 
 def _gradient(tensor: Tensor) -> Tensor:

@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from megatron_moe.config.run import RunConfig
+from megatron_moe.config.stages import num_rounds, schedule_name
 from megatron_moe.data.batch import Batch
 from megatron_moe.layers.weight_gradients import collect_small_gradients
-from megatron_moe.models.build import build_stages, embedding_places, gpt_spec, initialise_stages
+from megatron_moe.models.build import build_stages, embedding_places, gpt_spec, initialise_stages, stage_parts
 from megatron_moe.models.gpt import GPTStage
 from megatron_moe.moe.sparse_layer import SparseLayer
 from megatron_moe.optim.clip import clip_
@@ -42,6 +43,7 @@ def grid_of(config: RunConfig, world_size: int) -> Grid:
         etp=parallel.expert_tensor,
         embedding_places=embedding_places(config),
         ep_ranks_per_node=parallel.expert_model_parallel_ranks_per_node,
+        rounds=num_rounds(config.model, parallel),
     )
 
 
@@ -65,7 +67,7 @@ class Engine:
         self.state = state
         self.device = device
         self.spec = gpt_spec(config, vocab_size)
-        self._stages = build_stages(self.spec, state)
+        self._stages = build_stages(self.spec, state, stage_parts(config))
         initialise_stages(self._stages, state, config.training.seed, device)
         for stage in self._stages:
             collect_small_gradients(stage)
@@ -87,9 +89,9 @@ class Engine:
         self._validation_metrics = MetricsReducer(state, device)
         # the executor numbers stages over the pipeline, the buckets over this rank
         self._executor = Executor(
-            state.pp.size,
-            Transfer(state.pp, state.pp_back, device),
-            complete=lambda stage: self.buckets.reduce(stage - state.pp.rank),
+            state.pp.size * len(self._stages),
+            Transfer(state, device),
+            complete=lambda stage: self.buckets.reduce(stage // state.pp.size),
             turns=turns,
         )
 
@@ -114,7 +116,7 @@ class Engine:
             layer.before_step(step / training.num_steps)
         program, counts = self._program(batches, self._random.at(step=step), self.objective, train=True)
         self.buckets.zero_()
-        schedule = SCHEDULES[self.config.parallel.pipeline_schedule](Pipeline(self.state.pp.size, len(batches)))
+        schedule = SCHEDULES[schedule_name(self.config.model, self.config.parallel)](self._pipeline(len(batches)))
         self._executor.train(schedule[self.state.pp.rank], program)
         self.buckets.reduce()
         norm = clip_(self.buckets, self.config.optimizer.clip_grad)
@@ -131,9 +133,13 @@ class Engine:
     def evaluate(self, batches: Sequence[Batch]) -> tuple[StepMetrics, float]:
         """The metrics of one global batch without learning from it, and over how many tokens its loss is the mean."""
         program, counts = self._program(batches, self._random, Objective(), train=False)
-        schedule = forward_only(Pipeline(self.state.pp.size, len(batches)))
+        schedule = forward_only(self._pipeline(len(batches)))
         self._executor.evaluate(schedule[self.state.pp.rank], program)
         return self._validation_metrics.reduce(program.findings, counts.result), counts.result.loss_tokens
+
+    def _pipeline(self, microbatches: int) -> Pipeline:
+        group = self.config.parallel.microbatch_group_size_per_virtual_pipeline_stage
+        return Pipeline(self.state.pp.size, microbatches, len(self._stages), group)
 
     def _program(
         self, batches: Sequence[Batch], random: KeyedRandom, objective: Objective, *, train: bool
@@ -154,7 +160,7 @@ class Engine:
             aux_share=self._aux_share,
             chunk=self.config.parallel.cross_entropy_chunk_size,
             await_weights=self.buckets.await_weights,
-            layer_done=lambda stage, layer: self.buckets.layer_done(stage - self.state.pp.rank, layer),
+            layer_done=lambda stage, layer: self.buckets.layer_done(stage // self.state.pp.size, layer),
         )
         return program, counts
 

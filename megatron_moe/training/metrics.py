@@ -108,7 +108,8 @@ def _unpack(flat: Tensor, entries: list[tuple[int, str, list[int]]]) -> LayerSta
         size = _elements(shape)
         layers.setdefault(layer, {})[name] = flat[start : start + size].view(shape)
         start += size
-    return layers
+    # a rank with several stages brings layers from all over the model
+    return dict(sorted(layers.items()))
 
 
 @dataclass(frozen=True)

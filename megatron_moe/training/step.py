@@ -147,7 +147,7 @@ class StepProgram:
         self._chunk = chunk
         self._await_weights = await_weights
         self._layer_done = layer_done
-        self._stages = dict(enumerate(stages, start=state.pp.rank))
+        self._stages = {stage.number: stage for stage in stages}
         self._batches = batches
         self._views = [self._views_of(batch, state, objective.num_passes, device) for batch in batches]
         self._objective = objective

@@ -79,6 +79,15 @@ def test_experts_that_cannot_be_cut_stand_whole_on_tensor_ranks_and_nowhere_else
         _config(memory, LAYOUTS["ETP 2"])
 
 
+def test_an_uneven_layout_follows_the_model() -> None:
+    def written(encoder_layers: int) -> str | None:
+        model = {"encoder_num_layers": encoder_layers}
+        layout = LAYOUTS["PP 2 interleaved, uneven"]
+        return _config(Subject({}, model), layout).parallel.pipeline_model_parallel_layout
+
+    assert (written(0), written(3)) == ("E|t|tt|tL", "E|e|eettt|tL")
+
+
 def test_the_worst_figure_of_a_run_counts() -> None:
     wanted = Outcome([2.0, 4.0], [{"z": 1.0}, {"z": 2.0}], [1.0, 1.0], {"g": np.ones(3)}, {"w": np.ones(3)})
     assert set(worst_difference(wanted, wanted).values()) == {0.0}

@@ -162,6 +162,19 @@ CASES: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
         "give --recompute-granularity selective.",
         {"parallel.recompute_granularity": "selective"},
     ),
+    *[
+        (
+            {f"parallel.account_for_{end}_in_pipeline_split": True},
+            "with one stage, which has all layers",
+            {"parallel.pipeline_model_parallel_size": 2},
+        )
+        for end in ("embedding", "loss")
+    ],
+    (
+        {"parallel.microbatch_group_size_per_virtual_pipeline_stage": 4},
+        "with a schedule that does not turn from stage to stage",
+        {"parallel.num_virtual_stages_per_pipeline_rank": 2},
+    ),
     (
         {**ENCODER, "encoder_moe.min_capacity": 4},
         "give --encoder-moe-expert-capacity-factor.",

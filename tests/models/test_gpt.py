@@ -10,6 +10,7 @@ from megatron_moe.models.gpt import GPTStage
 from megatron_moe.parallel.grid import Grid
 from megatron_moe.parallel.layout import layout_of, logical_pieces
 from megatron_moe.parallel.state import ParallelState
+from megatron_moe.pipeline.partition import parts_of
 from tests.config.example import sparse
 from tests.layers.contexts import context
 
@@ -55,9 +56,11 @@ def expected(*, tied: bool) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def stages_of(changes: dict[str, Any], grid: Grid, rank: int) -> tuple[list[GPTStage], ParallelState]:
+def stages_of(
+    changes: dict[str, Any], grid: Grid, rank: int, parts: list[range] | None = None
+) -> tuple[list[GPTStage], ParallelState]:
     state = ParallelState.recorded(grid, rank)[0]
-    return build_stages(gpt_spec(sparse({**CHANGES, **changes}), VOCAB), state), state
+    return build_stages(gpt_spec(sparse({**CHANGES, **changes}), VOCAB), state, parts), state
 
 
 @pytest.mark.parametrize("untied", [False, True])
@@ -78,12 +81,12 @@ def test_the_ranks_together_hold_the_named_tensors_and_no_others(grid: Grid, unt
     assert held == {name: torch.Size(shape).numel() for name, shape in expected(tied=not untied).items()}
 
 
-def logits(changes: dict[str, Any], num_stages: int) -> torch.Tensor:
-    """All stages one after another in this process; each is one rank of its own pipeline."""
+def logits(changes: dict[str, Any], num_stages: int, parts: list[range] | None = None) -> torch.Tensor:
+    """All stages one after another in this process; each is one rank of its own pipeline.   parts: all on one rank."""
     tensors: dict[str, torch.Tensor] = {}
     ctx = context(12, 2, ParallelState.alone())
     for rank in range(num_stages):
-        stages, state = stages_of(changes, Grid(num_stages, pp=num_stages), rank)
+        stages, state = stages_of(changes, Grid(num_stages, pp=num_stages), rank, parts)
         initialise_stages(stages, state, 3, CPU)
         for stage in stages:
             if tensors:
@@ -102,6 +105,26 @@ def test_any_number_of_stages_gives_the_same_logits_bit_by_bit(untied: bool) -> 
     assert whole.shape == (12, 2, 256) and whole.dtype == torch.float64
     for num_stages in (2, 3, 4):
         assert torch.equal(logits(changes, num_stages), whole)
+
+
+@pytest.mark.parametrize("untied", [False, True])
+@pytest.mark.parametrize("sizes", [(0, 4), (4, 0), (0, 1, 3, 0), (2, 0, 2)], ids=str)
+def test_stages_without_layers_pass_on_what_they_are_given(sizes: tuple[int, ...], untied: bool) -> None:
+    changes = {"model.untie_embeddings_and_output_weights": untied}
+    assert torch.equal(logits(changes, 1, parts_of(sizes)), logits(changes, 1))
+
+
+def test_a_rank_has_every_so_many_th_stage_and_shares_what_they_have_in_common() -> None:
+    parts = parts_of((0, 1, 2, 1, 0, 0))
+    state, _ = ParallelState.recorded(Grid(2, pp=2, rounds=3), 1)
+    stages = build_stages(gpt_spec(sparse(CHANGES), VOCAB), state, parts)
+    assert [stage.number for stage in stages] == [1, 3, 5]
+    assert [list(stage.layers) for stage in stages] == [["0"], ["3"], []]
+    stages = build_stages(gpt_spec(sparse(CHANGES), VOCAB), ParallelState.alone(), parts)
+    initialise_stages(stages, ParallelState.alone(), 3, CPU)
+    first, last = stages[0], stages[-1]
+    assert first.get_parameter("embedding.weight") is last.get_parameter("embedding.weight")
+    assert not hasattr(stages[1], "embedding")
 
 
 def test_another_seed_or_name_gives_other_weights() -> None:

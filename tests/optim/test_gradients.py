@@ -17,7 +17,7 @@ from optim.toy_model import (
 from ranks import run_on_ranks
 from torch import nn
 
-from megatron_moe.optim.gradients import ALIGNMENT, GradientBuckets, wide_dtype
+from megatron_moe.optim.gradients import ALIGNMENT, Bucket, GradientBuckets, wide_dtype
 from megatron_moe.parallel.grid import Grid
 from megatron_moe.parallel.layout import Init, ParamLayout, new_parameter
 from megatron_moe.parallel.state import ParallelState
@@ -158,6 +158,21 @@ def test_what_is_tied_across_stages_waits_for_the_last_call(rank: int) -> None:
     assert tallies["embedding"].calls == {"all_reduce": 1}
     # the shard alone: half of 40 x 12 float32
     assert tallies["embedding"].sent_bytes == {"all_reduce": 40 * 12 // 2 * 4}
+
+
+def test_what_waits_for_other_stages_is_summed_in_one_order_whichever_stages_a_rank_has(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two collectives over different ranks, in another order on each, would wait for each other."""
+    order: list[str] = []
+    monkeypatch.setattr(Bucket, "reduce", lambda bucket: order.append(bucket.name))
+    layouts = {"relative_bias.weight": ("pp",), "embedding.weight": ("embedding",), "layers.0.weight": ()}
+    for names in (list(layouts), list(reversed(layouts))):
+        state, _ = ParallelState.recorded(Grid(2, pp=2, rounds=2), rank=0)
+        made = {name: parameter(4, layout=ParamLayout((4,), sum_over=layouts[name])) for name in names}
+        stages = [[(name, one)] for name, one in made.items()]
+        GradientBuckets(stages, state, bucket_elements=100, sharded=False).reduce()
+    assert order == ["layers.0.weight", "embedding.weight", "relative_bias.weight"] * 2
 
 
 LAYOUTS_OF_FOUR: list[dict[str, int]] = [

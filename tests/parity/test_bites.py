@@ -12,6 +12,7 @@ from ranks import run_on_ranks
 from megatron_moe.certify.tiny_run import RankOutcome
 from megatron_moe.layers import norm
 from megatron_moe.layers.attention_core import GatheredAttention
+from megatron_moe.models import build
 from megatron_moe.moe import losses
 from megatron_moe.moe.routers import router
 from megatron_moe.optim import clip
@@ -23,6 +24,11 @@ from megatron_moe.training.objective import GlobalCounts
 
 TP, PP, CP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"
 EP = "expert_model_parallel_size"
+RELATIVE = {
+    "position_embedding_type": "relative",
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 10,
+}
 NO_SP = {TP: 2, "sequence_parallel": False}
 
 
@@ -108,6 +114,9 @@ MISTAKES = {
     "routers not summed over tp": Mistake(router, "ParamLayout", _layout_without("tp"), {TP: 2}),
     "tied embeddings not summed over the pipeline": Mistake(
         Bucket, "finish_reduce", _reduce_without_further_axes, {PP: 2}
+    ),
+    "two stages of a rank with a parameter each": Mistake(
+        build, "_share", lambda stages: None, {PP: 2, "num_virtual_stages_per_pipeline_rank": 2}, model=RELATIVE
     ),
     "a bucket summed before all of its layers are done": Mistake(
         Bucket, "is_done_with", lambda self, layer: None not in self.layers, {}

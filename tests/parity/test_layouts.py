@@ -165,6 +165,10 @@ def _fits(model: str, layout: str) -> bool:
     return known.micro_batch_size % group == 0 and not (model == "dense" and of_experts)
 
 
+def _fields(model: str, layout: str) -> Tables:
+    return LAYOUTS[layout].fields_for(MODELS[model][1].get("encoder_num_layers", 0), 4)
+
+
 def _config(model: str, options: Tables, micro_batch: int, dispatcher: str = "auto") -> Any:
     moe, sizes = MODELS[model]
     if dispatcher != "auto":
@@ -186,9 +190,7 @@ def test_every_layout_equals_one_process(world_size: int, wanted: dict[str, Outc
         for model in MODELS
         if known.ranks == world_size and _fits(model, layout)
     ]
-    configs = [
-        _config(model, dict(LAYOUTS[layout].parallel), LAYOUTS[layout].micro_batch_size) for model, layout in cases
-    ]
+    configs = [_config(model, _fields(model, layout), LAYOUTS[layout].micro_batch_size) for model, layout in cases]
     answers = run_on_ranks(world_size, run_all, configs)
     for number, (model, layout) in enumerate(cases):
         found = outcome_of([rank[number] for rank in answers])

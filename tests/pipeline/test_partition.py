@@ -2,7 +2,12 @@
 
 import pytest
 
-from megatron_moe.pipeline.partition import stage_layers
+from megatron_moe.pipeline.partition import parts_of, stage_layers
+
+
+def test_uneven_and_empty_stages_stand_in_order() -> None:
+    assert parts_of([2, 0, 3]) == [range(2), range(2, 2), range(2, 5)]
+    assert parts_of([0, 4, 0]) == [range(0), range(4), range(4, 4)]
 
 
 def test_by_hand() -> None:
