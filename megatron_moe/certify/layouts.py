@@ -40,6 +40,8 @@ LAYOUTS: dict[str, Layout] = {
     "logits of 3 tokens at a time": Layout(1, {"cross_entropy_chunk_size": 3}),
     "TP 2 with sequence parallelism": Layout(2, {TP: 2}),
     "TP 2": Layout(2, {TP: 2, "sequence_parallel": False}, 2),
+    "TP 2 with sequence parallelism and overlap": Layout(2, {TP: 2, "tp_comm_overlap": True}),
+    "TP 2 with overlap": Layout(2, {TP: 2, "sequence_parallel": False, "tp_comm_overlap": True}, 2),
     "CP 2": Layout(2, {CP: 2}),
     "PP 2": Layout(2, {PP: 2}),
     "PP 2 sequential": Layout(2, {PP: 2, "pipeline_schedule": "sequential"}, 2),
@@ -53,6 +55,17 @@ LAYOUTS: dict[str, Layout] = {
     "PP 4": Layout(4, {PP: 4}),
     "TP 2 x PP 2, logits of 4 tokens at a time, split backward": Layout(
         4, {TP: 2, PP: 2, "cross_entropy_chunk_size": 4, "pipeline_schedule": "1f1b_split"}, 2
+    ),
+    "TP 2 x PP 2 with overlap, recomputation of norms, split backward": Layout(
+        4,
+        {
+            TP: 2,
+            PP: 2,
+            "tp_comm_overlap": True,
+            "recompute_granularity": "selective",
+            "recompute_modules": ["layernorm"],
+            "pipeline_schedule": "1f1b_split",
+        },
     ),
     "EP 4, at most an even part at a time": Layout(4, {EP: 4, "expert_rank_capacity_factor": 1.0}),
     "EP 2 x ETP 2, at most an even part at a time": Layout(4, {EP: 2, ETP: 2, "expert_rank_capacity_factor": 1.0}),

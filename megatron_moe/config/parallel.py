@@ -33,6 +33,11 @@ class ParallelConfig:
     sequence_parallel: bool | None = option(
         None, "keep the hidden state split over tp along the sequence; none = whenever tp > 1"
     )
+    tp_comm_overlap: bool = option(
+        False,
+        "let gathers and sums over tp travel beside the products that use or make them, in pieces; under sequence "
+        "parallelism also keeps each rank's own rows only, and gathers them again in the backward pass",
+    )
     pipeline_schedule: str = option(
         "1f1b",
         "order of the micro-batches: 1F1B, or one micro-batch at a time (least memory, stages mostly idle)",

@@ -39,6 +39,16 @@ class Flying(Arrival):
         return self._then(self._filled)
 
 
+class Joined(Arrival):
+    """What `join` makes of other arrivals; it waits for them."""
+
+    def __init__(self, join: Callable[[], Tensor]) -> None:
+        self._join = join
+
+    def wait(self) -> Tensor:
+        return self._join()
+
+
 def as_it_is(tensor: Tensor) -> Tensor:
     """Nothing is left to be done."""
     return tensor

@@ -152,6 +152,7 @@ class StepProgram:
             random=self._random,
             train=self._train,
             sequence_parallel=any_stage.spec.sequence_parallel,
+            tensor_overlap=any_stage.spec.tensor_overlap,
             weight_gradients=sink,
             with_logits=self._chunk is None,
         )
