@@ -8,8 +8,10 @@ import torch
 from delayed import late
 from ranks import run_on_ranks
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_moe.layers.parallel_linear import TensorSplit, column_linear, row_linear
+from megatron_moe.layers.recompute import remade
 from megatron_moe.layers.weight_gradients import Deferred, Immediate, WeightGradients
 from megatron_moe.parallel.grid import Grid
 from megatron_moe.parallel.in_pieces import places
@@ -143,21 +145,50 @@ def test_with_overlap_a_rank_keeps_its_own_rows_only() -> None:
     run_on_ranks(2, check_kept)
 
 
-def sent_bytes(overlap: bool, sequence_parallel: bool) -> int:
-    """That one of four ranks sends for a product by columns and one by rows, and their gradients."""
+def check_made_again(rank: int, world_size: int) -> None:
+    split = TensorSplit(axis_of(world_size), 7, sequence_parallel=True, overlap=True)
+    source, weight = random(split.shares[rank], B, H, seed=rank), random(F, H, seed=2)
+    gradients, calls = [], []
+    for overlap in (True, False):
+        made: list[Tensor] = []
+        own, learning = leaf(source), leaf(weight)
+        between = own.exp()
+
+        def make(own: Tensor = own, made: list[Tensor] = made) -> Tensor:
+            made.append(own.exp())
+            return made[-1]
+
+        with remade(between, make):
+            out = column_linear(between, learning, F, replace(split, overlap=overlap), None)
+        out.square().sum().backward()
+        gradients.append((own.grad, learning.grad))
+        calls.append(len(made))
+    torch.testing.assert_close(*gradients)
+    # without overlap it is the gathered input that is kept, and a norm before it is made again for nothing
+    assert calls == [1, 0]
+
+
+def test_with_overlap_what_stands_before_a_product_can_be_made_again() -> None:
+    run_on_ranks(2, check_made_again)
+
+
+def cost(overlap: bool, sequence_parallel: bool) -> tuple[int, int]:
+    """Bytes that one of four ranks sends, and its multiplications, for a product by columns and one by rows, with
+    their gradients."""
     state, tallies = ParallelState.recorded(Grid(4, tp=4), 1)
     split = TensorSplit(state.tp, 8, sequence_parallel, overlap)
     hidden = torch.empty(2 if sequence_parallel else 8, B, H, device="meta", requires_grad=True)
     weight = torch.empty(F, H, device="meta", requires_grad=True)
-    inner = column_linear(hidden, weight, F, split, None)
-    row_linear(inner, weight.t(), H, split, None).sum().backward()
-    return sum(tallies["tp"].sent_bytes.values())
+    with FlopCounterMode(display=False) as counter:
+        inner = column_linear(hidden, weight, F, split, None)
+        row_linear(inner, weight.t(), H, split, None).sum().backward()
+    return sum(tallies["tp"].sent_bytes.values()), counter.get_total_flops()
 
 
-def test_overlap_sends_nothing_more_than_the_input_again() -> None:
-    share = 2 * B * H * 4
-    assert sent_bytes(True, True) == sent_bytes(False, True) + 3 * share
-    assert sent_bytes(True, False) == sent_bytes(False, False)
+def test_overlap_sends_nothing_more_than_the_input_again_and_multiplies_nothing_twice() -> None:
+    sent, multiplied = cost(False, True)
+    assert cost(True, True) == (sent + 3 * 2 * B * H * 4, multiplied)
+    assert cost(True, False) == cost(False, False)
 
 
 DELAY_S = 0.01
