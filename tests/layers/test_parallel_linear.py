@@ -207,8 +207,8 @@ def share_that_shows(rank: int, world_size: int, sequence_parallel: bool, overla
     return comm.slept / (comm.delayed * DELAY_S)
 
 
-@pytest.mark.parametrize("sequence_parallel", [True, False])
-def test_a_slow_network_is_hidden_behind_the_products(sequence_parallel: bool) -> None:
-    # without sequence parallelism the last of the pieces of a sum by rows travels beside nothing
-    assert max(run_on_ranks(2, share_that_shows, sequence_parallel, True)) < 0.2
+# without sequence parallelism the last of the pieces of a sum by rows travels beside nothing
+@pytest.mark.parametrize(("sequence_parallel", "most"), [(True, 0.1), (False, 0.2)])
+def test_a_slow_network_is_hidden_behind_the_products(sequence_parallel: bool, most: float) -> None:
+    assert max(run_on_ranks(2, share_that_shows, sequence_parallel, True)) < most
     assert min(run_on_ranks(2, share_that_shows, sequence_parallel, False)) > 0.8
