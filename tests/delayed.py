@@ -1,13 +1,15 @@
-"""A communicator whose collectives arrive late, as over a slow network: what is computed meanwhile hides it."""
+"""A slow network: collectives that arrive no earlier than so long after they were started."""
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from torch import Tensor
 
 from megatron_moe.parallel.arrival import Arrival
 from megatron_moe.parallel.communicator import Communicator, Pending
+from megatron_moe.parallel.state import Axis
 
 
 class Clock(Protocol):
@@ -35,47 +37,54 @@ class OwnTime:
 
 
 class _Late(Arrival):
-    def __init__(self, inner: Arrival, ready: float, clock: Clock) -> None:
+    """Another one, not before its time."""
+
+    def __init__(self, inner: Arrival, comm: "Delayed") -> None:
         self._inner = inner
-        self._ready = ready
-        self._clock = clock
+        self._comm = comm
+        self._due = comm.clock.monotonic() + comm.seconds
 
     def wait(self) -> Tensor:
-        found = self._inner.wait()
-        self._clock.sleep(max(0.0, self._ready - self._clock.monotonic()))
-        return found
+        # before the other ranks are waited for: what is slept away is the delay's part alone, however loaded they are
+        missing = self._due - self._comm.clock.monotonic()
+        if missing > 0:
+            self._comm.slept += missing
+            self._comm.clock.sleep(missing)
+        return self._inner.wait()
 
     def is_here(self) -> bool:
-        return self._clock.monotonic() >= self._ready
+        return self._comm.clock.monotonic() >= self._due
 
 
 class Delayed(Communicator):
-    """Each collective takes at least `seconds` from its start.   calls: how many did."""
+    """What `inner` does, but no collective arrives earlier than `seconds` after its start.
+
+    delayed: how many collectives there were.   slept: seconds that were lost to it, of delayed x seconds; what was
+    computed between a start and its wait is not lost.
+    Tensors from one rank to one other, broadcasts and barriers pass at once.
+    """
 
     def __init__(self, inner: Communicator, seconds: float, clock: Clock = time) -> None:
-        self._inner = inner
-        self._seconds = seconds
-        self._clock = clock
-        self.calls = 0
-
-    def _late(self, arrival: Arrival) -> Arrival:
-        self.calls += 1
-        return _Late(arrival, self._clock.monotonic() + self._seconds, self._clock)
+        self.inner = inner
+        self.seconds = seconds
+        self.clock = clock
+        self.delayed = 0
+        self.slept = 0.0
 
     def start_all_reduce_(self, tensor: Tensor, op: str = "sum") -> Arrival:
-        return self._late(self._inner.start_all_reduce_(tensor, op))
+        return self._late(self.inner.start_all_reduce_(tensor, op))
 
     def start_all_gather(self, tensor: Tensor, rows: Sequence[int]) -> Arrival:
-        return self._late(self._inner.start_all_gather(tensor, rows))
+        return self._late(self.inner.start_all_gather(tensor, rows))
 
     def start_all_gather_(self, whole: Tensor, own: Tensor) -> Arrival:
-        return self._late(self._inner.start_all_gather_(whole, own))
+        return self._late(self.inner.start_all_gather_(whole, own))
 
     def start_reduce_scatter(self, tensor: Tensor, rows: Sequence[int]) -> Arrival:
-        return self._late(self._inner.start_reduce_scatter(tensor, rows))
+        return self._late(self.inner.start_reduce_scatter(tensor, rows))
 
     def start_all_to_all(self, tensor: Tensor, send: Sequence[int], receive: Sequence[int]) -> Arrival:
-        return self._late(self._inner.start_all_to_all(tensor, send, receive))
+        return self._late(self.inner.start_all_to_all(tensor, send, receive))
 
     def all_reduce_(self, tensor: Tensor, op: str = "sum") -> Tensor:
         return self.start_all_reduce_(tensor, op).wait()
@@ -90,13 +99,23 @@ class Delayed(Communicator):
         return self.start_all_to_all(tensor, send, receive).wait()
 
     def broadcast_(self, tensor: Tensor, source: int) -> Tensor:
-        return self._inner.broadcast_(tensor, source)
+        return self.inner.broadcast_(tensor, source)
 
     def send(self, tensor: Tensor, to: int) -> Pending:
-        return self._inner.send(tensor, to)
+        return self.inner.send(tensor, to)
 
     def receive_(self, tensor: Tensor, source: int) -> Pending:
-        return self._inner.receive_(tensor, source)
+        return self.inner.receive_(tensor, source)
 
     def barrier(self) -> None:
-        self._inner.barrier()
+        self.inner.barrier()
+
+    def _late(self, arrival: Arrival) -> Arrival:
+        self.delayed += 1
+        return _Late(arrival, self)
+
+
+def late(axis: Axis, seconds: float) -> tuple[Axis, Delayed]:
+    """The same ranks, talking slowly; also returns what counts that."""
+    comm = Delayed(axis.comm, seconds)
+    return replace(axis, comm=comm), comm

@@ -53,6 +53,8 @@ LAYOUTS: dict[str, Layout] = {
     "logits of 3 tokens at a time": Layout(1, {"cross_entropy_chunk_size": 3}),
     "TP 2 with sequence parallelism": Layout(2, {TP: 2}),
     "TP 2": Layout(2, {TP: 2, "sequence_parallel": False}, 2),
+    "TP 2 with sequence parallelism and overlap": Layout(2, {TP: 2, "tp_comm_overlap": True}),
+    "TP 2 with overlap": Layout(2, {TP: 2, "sequence_parallel": False, "tp_comm_overlap": True}, 2),
     "CP 2": Layout(2, {CP: 2}),
     "PP 2": Layout(2, {PP: 2}),
     "PP 2 sequential": Layout(2, {PP: 2, "pipeline_schedule": "sequential"}, 2),
@@ -84,6 +86,17 @@ LAYOUTS: dict[str, Layout] = {
         4, {TP: 2, PP: 2, "cross_entropy_chunk_size": 4, "pipeline_schedule": "1f1b_split"}, 2
     ),
     "TP 2 x PP 2 interleaved": Layout(4, {TP: 2, PP: 2, ROUNDS: 2}, 2),
+    "TP 2 x PP 2 with overlap, recomputation of norms, split backward": Layout(
+        4,
+        {
+            TP: 2,
+            PP: 2,
+            "tp_comm_overlap": True,
+            "recompute_granularity": "selective",
+            "recompute_modules": ["layernorm"],
+            "pipeline_schedule": "1f1b_split",
+        },
+    ),
     "EP 4, at most an even part at a time": Layout(4, {EP: 4, "expert_rank_capacity_factor": 1.0}),
     "EP 2 x ETP 2, at most an even part at a time": Layout(4, {EP: 2, ETP: 2, "expert_rank_capacity_factor": 1.0}),
     "TP 2 x CP 2": Layout(4, {TP: 2, CP: 2}, 2),

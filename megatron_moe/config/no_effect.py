@@ -122,6 +122,11 @@ RULES = (
         "without rotary embedding; leave it out, or use --position-embedding-type rope",
     ),
     Rule(
+        ("parallel.tp_comm_overlap",),
+        lambda run: run.parallel.tensor_model_parallel_size == 1,
+        "with --tensor-model-parallel-size 1, where nothing travels; leave it out, or raise the tensor size",
+    ),
+    Rule(
         ("parallel.recompute_method", "parallel.recompute_num_layers"),
         lambda run: run.parallel.recompute_granularity != "full",
         "without recomputation of whole layers; leave it out, or give --recompute-granularity full",

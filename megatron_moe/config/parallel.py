@@ -39,6 +39,11 @@ class ParallelConfig:
     sequence_parallel: bool | None = option(
         None, "keep the hidden state split over tp along the sequence; none = whenever tp > 1"
     )
+    tp_comm_overlap: bool = option(
+        False,
+        "let gathers and sums over tp travel beside the products that use or make them, in pieces; under sequence "
+        "parallelism also keeps each rank's own rows only, and gathers them again in the backward pass",
+    )
     num_layers_per_virtual_pipeline_stage: int | None = option(
         None,
         "layers of a stage, of which each pipeline rank then has several; none = as --num-virtual-stages-per-"

@@ -232,8 +232,8 @@ def _recomputation(run: Sections) -> None:
         "moe_act": (not any(sparse), "without experts"),
         "mlp": (not dense_parts, "when every layer is sparse"),
         "layernorm": (
-            parallel.uses_sequence_parallel,
-            "with sequence parallelism, for what is kept is gathered from all ranks",
+            parallel.uses_sequence_parallel and not parallel.tp_comm_overlap,
+            "with sequence parallelism and without --tp-comm-overlap, for what is kept is gathered from all ranks",
         ),
     }
     for name in parallel.modules_to_recompute:

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from megatron_moe.layers.attention_core import AttentionCore, Sight
 from megatron_moe.layers.context import ForwardContext
-from megatron_moe.layers.linear import enter_parallel, leave_parallel, linear
 from megatron_moe.layers.norm import Norm, ProjectionNorm
+from megatron_moe.layers.parallel_linear import column_linear, row_linear
 from megatron_moe.ops.rotary import rotary_angles, rotate
 from megatron_moe.parallel.layout import Init, ParamLayout, new_parameter
 from megatron_moe.parallel.state import Axis
@@ -74,12 +74,11 @@ class Attention(nn.Module):
 
     def forward(self, hidden: Tensor, ctx: ForwardContext) -> Tensor:
         """(S/(cp·tp), B, H) under sequence parallelism, else (S/cp, B, H); the same shape back."""
-        view = ctx.view
-        whole = enter_parallel(hidden, self.tp, view.num_rows, ctx.sequence_parallel)
+        view, split = ctx.view, ctx.split_over(self.tp)
         groups = self.qkv.shape[0]
         width = self.shape.head_dim
         out_features = groups * (self.per_group + 2) * width
-        qkv = linear(whole, self.qkv, out_features, ctx.weight_gradients)
+        qkv = column_linear(hidden, self.qkv, out_features, split, ctx.weight_gradients)
         qkv = qkv.view(*qkv.shape[:2], groups, self.per_group + 2, width)
         query, key, value = qkv.split([self.per_group, 1, 1], dim=3)
         query, key = self._place(query, key, ctx)
@@ -89,8 +88,7 @@ class Attention(nn.Module):
             key, value = ctx.cache.append(self.index, key, value)
         sight = Sight(view, view, self.shape.causal, ctx.bias, cached=ctx.cache is not None)
         context = self.core(query, key, value, sight)
-        partial = linear(context.flatten(2), self.output, self.shape.hidden_size, ctx.weight_gradients)
-        return leave_parallel(partial, self.tp, view.num_rows, ctx.sequence_parallel)
+        return row_linear(context.flatten(2), self.output, self.shape.hidden_size, split, ctx.weight_gradients)
 
     def _place(self, query: Tensor, key: Tensor, ctx: ForwardContext) -> tuple[Tensor, Tensor]:
         """Normalise the heads, then turn them to their positions."""

@@ -6,8 +6,10 @@ from typing import Protocol
 
 from torch import Tensor
 
+from megatron_moe.layers.parallel_linear import TensorSplit
 from megatron_moe.layers.weight_gradients import WeightGradients
 from megatron_moe.parallel.random import KeyedRandom
+from megatron_moe.parallel.state import Axis
 
 
 class KeyValueCache(Protocol):
@@ -67,6 +69,7 @@ class ForwardContext:
     random: KeyedRandom  # at (seed, step); layers add stream and layer
     train: bool
     sequence_parallel: bool  # a choice of this pass: decoding one token turns it off
+    tensor_overlap: bool = False  # collectives over tp travel beside the products that use or make them
     weight_gradients: WeightGradients | None = None
     await_weights: Callable[[int | None], None] | None = None  # called before a layer (None: before what is in none)
     cache: KeyValueCache | None = None
@@ -75,3 +78,7 @@ class ForwardContext:
     source: SequenceView | None = None  # the encoder's stream
     encoded: bool = False  # the cache holds what cross-attention looks at already: the encoder need not run
     memory: Tensor | None = None  # its output: (S'/(cp·tp), B, H) under sequence parallelism, else (S'/cp, B, H)
+
+    def split_over(self, tp: Axis) -> TensorSplit:
+        """How the products of this pass are shared over tp."""
+        return TensorSplit(tp, self.view.num_rows, self.sequence_parallel, self.tensor_overlap)

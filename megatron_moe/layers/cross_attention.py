@@ -1,12 +1,14 @@
 """Attention from one stream to another: queries of the decoder, keys and values of the encoder's output."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
 from megatron_moe.layers.attention import AttentionShape, query_norms
 from megatron_moe.layers.attention_core import AttentionCore, Sight
 from megatron_moe.layers.context import ForwardContext
-from megatron_moe.layers.linear import enter_parallel, leave_parallel, linear
+from megatron_moe.layers.parallel_linear import column_linear, row_linear
 from megatron_moe.parallel.layout import Init, ParamLayout, new_parameter
 from megatron_moe.parallel.state import Axis
 
@@ -36,24 +38,22 @@ class CrossAttention(nn.Module):
     def forward(self, hidden: Tensor, ctx: ForwardContext) -> Tensor:
         """(S/(cp·tp), B, H) under sequence parallelism, else (S/cp, B, H); the same shape back."""
         assert ctx.source is not None
-        view = ctx.view
-        whole = enter_parallel(hidden, self.tp, view.num_rows, ctx.sequence_parallel)
+        view, split = ctx.view, ctx.split_over(self.tp)
         groups, width = self.q.shape[0], self.shape.head_dim
-        query = linear(whole, self.q, groups * self.per_group * width, ctx.weight_gradients)
+        query = column_linear(hidden, self.q, groups * self.per_group * width, split, ctx.weight_gradients)
         query = self.q_norm(query.view(*query.shape[:2], groups, self.per_group, width))
         if ctx.cache is None:
             key, value = self._keys_and_values(ctx)
         else:
             key, value = ctx.cache.keep(self.index, lambda: self._keys_and_values(ctx))
         context = self.core(query, key, value, Sight(view, ctx.source, causal=False, cached=ctx.cache is not None))
-        partial = linear(context.flatten(2), self.output, self.shape.hidden_size, ctx.weight_gradients)
-        return leave_parallel(partial, self.tp, view.num_rows, ctx.sequence_parallel)
+        return row_linear(context.flatten(2), self.output, self.shape.hidden_size, split, ctx.weight_gradients)
 
     def _keys_and_values(self, ctx: ForwardContext) -> tuple[Tensor, Tensor]:
         """Both (S'/cp, B, G/tp, D)."""
         assert ctx.source is not None and ctx.memory is not None
-        source = enter_parallel(ctx.memory, self.tp, ctx.source.num_rows, ctx.sequence_parallel)
+        split = replace(ctx, view=ctx.source).split_over(self.tp)
         groups, width = self.kv.shape[0], self.shape.head_dim
-        both = linear(source, self.kv, groups * 2 * width, ctx.weight_gradients)
+        both = column_linear(ctx.memory, self.kv, groups * 2 * width, split, ctx.weight_gradients)
         key, value = both.view(*both.shape[:2], groups, 2, width).split(1, dim=3)
         return self.k_norm(key).squeeze(3), value.squeeze(3)

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from megatron_moe.layers.context import ForwardContext
-from megatron_moe.layers.linear import leave_parallel, linear
+from megatron_moe.layers.linear import linear
+from megatron_moe.layers.parallel_linear import leave_parallel
 from megatron_moe.layers.weight_gradients import WeightGradients
 from megatron_moe.parallel.layout import Init, ParamLayout, new_parameter
 from megatron_moe.parallel.state import Axis
@@ -64,7 +65,7 @@ class VocabularyEmbedding(nn.Module):
         ids = tokens - self.tp.rank * local
         inside = (ids >= 0) & (ids < local)
         partial: Tensor = _LookUp.apply(self.weight, ids.where(inside, 0), inside, ctx.weight_gradients)
-        return leave_parallel(partial, self.tp, ctx.view.num_rows, ctx.sequence_parallel)
+        return leave_parallel(partial, ctx.split_over(self.tp))
 
 
 class VocabularyHead(nn.Module):

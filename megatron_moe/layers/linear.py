@@ -1,5 +1,6 @@
-"""Products with a weight, split over tensor-parallel ranks by columns or rows."""
+"""The product with a weight, which can hand its weight gradient over."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -7,8 +8,6 @@ from torch import Tensor
 from torch.autograd import Function
 
 from megatron_moe.layers.weight_gradients import WeightGradients
-from megatron_moe.parallel.collectives import copy_to, gather_for_partial, reduce_from, reduce_scatter, shares
-from megatron_moe.parallel.state import Axis
 
 
 class _Linear(Function):
@@ -25,23 +24,37 @@ class _Linear(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         input, weight = ctx.saved_tensors
-        flat_weight = weight.view(ctx.out_features, -1)
-        grad_input = grad @ flat_weight if ctx.needs_input_grad[0] else None
+        grad_input = grad @ weight.view(ctx.out_features, -1) if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
             return grad_input, None, None, None
-        rows, columns = grad.reshape(-1, grad.shape[-1]), input.reshape(-1, input.shape[-1])
-        if ctx.sink is None:
-            return grad_input, (rows.t() @ columns).view(weight.shape), None, None
+        return grad_input, weight_gradient(ctx.parameter, grad, lambda: input, ctx.sink), None, None
 
-        def accumulate(total: Tensor) -> None:
-            flat = total.view(flat_weight.shape)
-            if flat.dtype == rows.dtype:
-                flat.addmm_(rows.t(), columns)
-            else:
-                flat.add_(rows.t() @ columns)
 
-        ctx.sink.add(ctx.parameter, accumulate)
-        return grad_input, None, None, None
+def weight_gradient(
+    parameter: Tensor, grad: Tensor, input: Callable[[], Tensor], sink: WeightGradients | None
+) -> Tensor | None:
+    """Of a product: grad (..., O), transposed, times input (..., K), in the parameter's shape; None = the sink has it.
+
+    input: gives the tensor, once it is needed; called once.
+    """
+    rows = grad.reshape(-1, grad.shape[-1])
+
+    def columns() -> Tensor:
+        whole = input()
+        return whole.reshape(-1, whole.shape[-1])
+
+    if sink is None:
+        return (rows.t() @ columns()).view(parameter.shape)
+
+    def accumulate(total: Tensor) -> None:
+        flat = total.view(rows.shape[1], -1)
+        if flat.dtype == rows.dtype:
+            flat.addmm_(rows.t(), columns())
+        else:
+            flat.add_(rows.t() @ columns())
+
+    sink.add(parameter, accumulate)
+    return None
 
 
 def linear(input: Tensor, weight: Tensor, out_features: int, sink: WeightGradients | None) -> Tensor:
@@ -51,20 +64,3 @@ def linear(input: Tensor, weight: Tensor, out_features: int, sink: WeightGradien
     """
     out: Tensor = _Linear.apply(input, weight, out_features, sink)
     return out
-
-
-def enter_parallel(hidden: Tensor, tp: Axis, rows: int, sequence_parallel: bool) -> Tensor:
-    """Hidden as products split by columns need it: whole on each rank, gradients summed over tp.
-
-    hidden: (S/tp, B, H) under sequence parallelism, else (S, B, H).  rows: S of this context-parallel rank.
-    """
-    if sequence_parallel:
-        return gather_for_partial(hidden, tp, shares(rows, tp.size))
-    return copy_to(hidden, tp)
-
-
-def leave_parallel(partial: Tensor, tp: Axis, rows: int, sequence_parallel: bool) -> Tensor:
-    """The sum over tp of products split by rows: (S/tp, B, H) under sequence parallelism, else (S, B, H)."""
-    if sequence_parallel:
-        return reduce_scatter(partial, tp, shares(rows, tp.size))
-    return reduce_from(partial, tp)

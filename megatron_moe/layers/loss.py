@@ -20,12 +20,13 @@ class _VocabularyCrossEntropy(Function):
         wide[..., max(0, vocab_size - start) :] = -torch.inf
         highest = tp.comm.all_reduce_(wide.amax(dim=-1), "max")
         wide = wide.sub_(highest[..., None]).exp_()
-        total = sum_over(wide.sum(dim=-1), tp)
         ids = labels - start
         inside = (ids >= 0) & (ids < local)
         ids = ids.where(inside, 0)
         chosen = logits.gather(-1, ids[..., None]).squeeze(-1).to(wide.dtype)
-        chosen = sum_over(chosen.where(inside, 0.0), tp)
+        # one collective for both
+        sums = sum_over(torch.stack([wide.sum(dim=-1), chosen.where(inside, 0.0)]), tp)
+        total, chosen = sums[0], sums[1]
         ctx.save_for_backward(wide.div_(total[..., None]), ids, inside)
         ctx.dtype = logits.dtype
         return total.log() + highest - chosen

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_moe.layers.context import ForwardContext
-from megatron_moe.layers.linear import enter_parallel, leave_parallel, linear
+from megatron_moe.layers.parallel_linear import column_linear, row_linear
 from megatron_moe.ops.activation import ACTIVATIONS
 from megatron_moe.parallel.layout import Init, ParamLayout, new_parameter
 from megatron_moe.parallel.state import Axis
@@ -37,10 +37,8 @@ class MLP(nn.Module):
 
     def forward(self, hidden: Tensor, ctx: ForwardContext) -> Tensor:
         """(S/(cp·tp), B, H) under sequence parallelism, else (S/cp, B, H); the same shape back."""
-        rows = ctx.view.num_rows
-        whole = enter_parallel(hidden, self.tp, rows, ctx.sequence_parallel)
+        split = ctx.split_over(self.tp)
         branches, local_ffn, _ = self.w1.shape
-        inner = linear(whole, self.w1, branches * local_ffn, ctx.weight_gradients)
+        inner = column_linear(hidden, self.w1, branches * local_ffn, split, ctx.weight_gradients)
         joined = self.activation(inner.view(*inner.shape[:-1], branches, local_ffn))
-        partial = linear(joined, self.w2, self.hidden_size, ctx.weight_gradients)
-        return leave_parallel(partial, self.tp, rows, ctx.sequence_parallel)
+        return row_linear(joined, self.w2, self.hidden_size, split, ctx.weight_gradients)

@@ -35,6 +35,7 @@ def gpt_spec(config: RunConfig, vocab_size: int) -> GPTSpec:
         norm_epsilon=model.norm_epsilon,
         dtype=DTYPES[config.precision.dtype],
         sequence_parallel=config.parallel.uses_sequence_parallel,
+        tensor_overlap=config.parallel.tp_comm_overlap,
         recompute=_recomputation(config),
         relative_buckets=model.relative_attention_num_buckets if relative else 0,
         relative_distance=model.relative_attention_max_distance if relative else 0,

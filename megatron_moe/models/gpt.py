@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from megatron_moe.layers.context import ForwardContext, SequenceView
 from megatron_moe.layers.embedding import VocabularyEmbedding, VocabularyHead, project_to_vocabulary
-from megatron_moe.layers.linear import enter_parallel
 from megatron_moe.layers.norm import Norm
+from megatron_moe.layers.parallel_linear import column_linear, enter_parallel
 from megatron_moe.layers.recompute import Recomputation, run_again
 from megatron_moe.layers.relative_bias import RelativeBias
 from megatron_moe.layers.weight_gradients import enter_layer
@@ -39,6 +39,7 @@ class GPTSpec:
     norm_epsilon: float
     dtype: torch.dtype
     sequence_parallel: bool
+    tensor_overlap: bool = False  # collectives over tp travel beside products, in training
     recompute: Recomputation = Recomputation()
     relative_buckets: int = 0  # of relative positions; 0: there are none
     relative_distance: int = 0
@@ -163,10 +164,13 @@ class GPTStage(nn.Module):
             names = self.spec.passed_on(part.stop, ctx.encoded)
             return StageOutput({name: tensor for name in names if (tensor := carried[name]) is not None}, reports)
         assert hidden is not None
-        normed = self._before_head(hidden, ctx)
+        normed = self._before_head(hidden)
+        weight, split = self._head, ctx.split_over(self.tp)
         if not ctx.with_logits:
-            return StageOutput({"normed": normed}, reports)
-        return StageOutput({"logits": self.logits(normed, ctx)}, reports)
+            # several products will use it
+            return StageOutput({"normed": enter_parallel(normed, split)}, reports)
+        logits = column_linear(normed, weight, weight.shape[0], split, ctx.weight_gradients)
+        return StageOutput({"logits": logits}, reports)
 
     def _context(self, stream: str, ctx: ForwardContext, memory: Tensor | None) -> ForwardContext:
         """What the layers of a stream are told."""
@@ -200,18 +204,22 @@ class GPTStage(nn.Module):
                 reports.append(report)
         return hidden, reports
 
-    def _before_head(self, hidden: Tensor, ctx: ForwardContext) -> Tensor:
-        """(S/cp, B, H): what is multiplied with the vocabulary, whole on each rank of tp."""
+    def _before_head(self, hidden: Tensor) -> Tensor:
+        """What is multiplied with the vocabulary, split over tp as hidden is."""
         hidden = self.final_norm(hidden)
         if self.spec.tied and self.spec.encoder_layers:
             # an embedding of unit deviation makes large logits  [T5, arXiv:1910.10683]
             hidden = hidden * self.spec.hidden_size**-0.5
-        return enter_parallel(hidden, self.tp, ctx.view.num_rows, ctx.sequence_parallel)
+        return hidden
+
+    @property
+    def _head(self) -> Tensor:
+        weight: Tensor = self.embedding.weight if self.spec.tied else self.output.weight
+        return weight
 
     def logits(self, normed: Tensor, ctx: ForwardContext) -> Tensor:
-        """(R, B, V/tp) of some rows of what stands before the head, on the last stage."""
-        weight = self.embedding.weight if self.spec.tied else self.output.weight
-        return project_to_vocabulary(normed, weight, ctx)
+        """(R, B, V/tp) of some rows of "normed", which are whole on each rank of tp, on the last stage."""
+        return project_to_vocabulary(normed, self._head, ctx)
 
     def moe_layers(self) -> dict[int, SparseLayer]:
         """The sparse layers of this stage by global index."""

@@ -1,7 +1,7 @@
 """What a collective that was started gives back: a tensor that is still being filled."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch.distributed as dist
 from torch import Tensor
@@ -47,6 +47,20 @@ class Flying(Arrival):
 
     def is_here(self) -> bool:
         return bool(self._work.is_completed())
+
+
+class Joined(Arrival):
+    """What `join` makes of the tensors of other arrivals."""
+
+    def __init__(self, arrivals: Sequence[Arrival], join: Callable[[Sequence[Tensor]], Tensor]) -> None:
+        self._arrivals = arrivals
+        self._join = join
+
+    def wait(self) -> Tensor:
+        return self._join([arrival.wait() for arrival in self._arrivals])
+
+    def is_here(self) -> bool:
+        return all(arrival.is_here() for arrival in self._arrivals)
 
 
 def as_it_is(tensor: Tensor) -> Tensor:

@@ -176,6 +176,7 @@ class StepProgram:
             random=self._random,
             train=self._train,
             sequence_parallel=any_stage.spec.sequence_parallel,
+            tensor_overlap=any_stage.spec.tensor_overlap,
             weight_gradients=sink,
             await_weights=self._await_weights,
             with_logits=self._chunk is None,

@@ -148,6 +148,11 @@ CASES: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
         for name in ("reset_position_ids", "reset_attention_mask", "eod_mask_loss")
     ],
     (
+        {"parallel.tp_comm_overlap": True},
+        "--tp-comm-overlap (from the recipe) has no effect with --tensor-model-parallel-size 1",
+        {"parallel.tensor_model_parallel_size": 2},
+    ),
+    (
         {"parallel.recompute_method": "block"},
         "give --recompute-granularity full.",
         {"parallel.recompute_granularity": "full"},

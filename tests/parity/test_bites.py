@@ -10,14 +10,18 @@ from parity.mistakes import Mistake, is_noticed
 from ranks import run_on_ranks
 
 from megatron_moe.certify.tiny_run import RankOutcome
-from megatron_moe.layers import norm
+from megatron_moe.layers import norm, parallel_linear
 from megatron_moe.layers.attention_core import GatheredAttention
+from megatron_moe.layers.linear import weight_gradient
+from megatron_moe.layers.parallel_linear import TensorSplit
 from megatron_moe.models import build
 from megatron_moe.moe import losses
 from megatron_moe.moe.routers import router
 from megatron_moe.optim import clip
 from megatron_moe.optim.gradients import Bucket, GradientBuckets
 from megatron_moe.parallel import collectives
+from megatron_moe.parallel.arrival import Landed
+from megatron_moe.parallel.in_pieces import places
 from megatron_moe.parallel.layout import ParamLayout
 from megatron_moe.parallel.random import KeyedRandom
 from megatron_moe.training.objective import GlobalCounts
@@ -30,6 +34,7 @@ RELATIVE = {
     "relative_attention_max_distance": 10,
 }
 NO_SP = {TP: 2, "sequence_parallel": False}
+OVERLAP = {"tp_comm_overlap": True}
 
 
 def _backward(wrong: Callable[[Any, torch.Tensor], torch.Tensor], nones: int) -> Any:
@@ -57,6 +62,26 @@ def _others_missing(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
     return whole
 
 
+def _alone(rows: torch.Tensor, split: TensorSplit) -> torch.Tensor:
+    """A rank's rows, and zeros in the others' places."""
+    whole = rows.new_zeros((split.rows, *rows.shape[1:]))
+    whole[places(split.shares)[split.tp.rank]] = rows
+    return whole
+
+
+def _input_gradient_not_summed(ctx: Any, grad: torch.Tensor) -> Any:
+    _, *others = RIGHT_COLUMNS(ctx, grad)
+    part = grad @ ctx.saved_tensors[1].view(ctx.out_features, -1)
+    return (part[places(ctx.split.shares)[ctx.split.tp.rank]] if ctx.split.sequence_parallel else part, *others)
+
+
+def _gradient_not_gathered(ctx: Any, grad: torch.Tensor) -> Any:
+    inner, weight = ctx.saved_tensors
+    whole = _alone(grad, ctx.split)
+    grad_weight = weight_gradient(ctx.parameter, whole, lambda: inner, ctx.sink)
+    return whole @ weight.view(ctx.out_features, -1), grad_weight, None, None, None
+
+
 def _reduce_without_further_axes(self: Bucket) -> None:
     self.sum_axes = []
     RIGHT_REDUCE(self)
@@ -79,6 +104,7 @@ def _draws_by_row(self: KeyedRandom, keys: torch.Tensor) -> torch.Tensor:
     return RIGHT_UNIFORM(self, torch.arange(keys.numel()).view(keys.shape))
 
 
+RIGHT_COLUMNS = parallel_linear._ColumnLinear.backward
 RIGHT_REDUCE = Bucket.finish_reduce
 RIGHT_UNIFORM = KeyedRandom.uniform
 
@@ -103,6 +129,18 @@ MISTAKES = {
     ),
     "no gather behind a reduce-scatter": Mistake(
         collectives._ReduceScatter, "backward", _backward(_others_missing, 2), {TP: 2}
+    ),
+    "overlapped, no sum of gradients behind a replicated input": Mistake(
+        parallel_linear._ColumnLinear, "backward", staticmethod(_input_gradient_not_summed), {**NO_SP, **OVERLAP}
+    ),
+    "overlapped, partial gradients of gathered rows not summed": Mistake(
+        parallel_linear._ColumnLinear, "backward", staticmethod(_input_gradient_not_summed), {TP: 2, **OVERLAP}
+    ),
+    "overlapped, the input not gathered again": Mistake(
+        parallel_linear, "_start_gather", lambda own, split: Landed(_alone(own, split)), {TP: 2, **OVERLAP}
+    ),
+    "overlapped, no gather behind a sum of shares": Mistake(
+        parallel_linear._RowLinear, "backward", staticmethod(_gradient_not_gathered), {TP: 2, **OVERLAP}
     ),
     "gradients of expert rows do not travel back": Mistake(
         collectives._Depart,

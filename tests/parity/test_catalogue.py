@@ -16,6 +16,7 @@ from ranks import run_on_ranks
 
 from megatron_moe.certify.tiny_run import RankOutcome
 from megatron_moe.layers import cross_attention
+from megatron_moe.layers.linear import linear
 from megatron_moe.moe import experts, layer, losses
 from megatron_moe.moe.plan import TokenInfo
 from megatron_moe.optim.gradients import Bucket
@@ -63,7 +64,11 @@ CATALOGUE = {
         layer, "token_info", info_with(is_padding=_first_rows_padding), {TP: 2}
     ),
     "#7452, keys and values of cross-attention outside the tensor-parallel group": Mistake(
-        cross_attention, "enter_parallel", lambda hidden, tp, rows, sequence_parallel: hidden, NO_SP, model=TWO_STACKS
+        cross_attention,
+        "column_linear",
+        lambda hidden, weight, size, split, sink: linear(hidden, weight, size, sink),
+        NO_SP,
+        model=TWO_STACKS,
     ),
     "#7452, parameters left out of the clipping norm": Mistake(
         Bucket, "speaks_for", lambda self, layout: RIGHT_SPEAKS(self, layout) and "tp" not in layout.sum_over, {}

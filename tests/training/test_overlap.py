@@ -77,9 +77,9 @@ class SlowRun:
         rank = self.engine.state.dp.rank
         batches = [samples([rank * microbatches + number]) for number in range(microbatches)]
         self.engine.train_step(0, batches)
-        started, calls = self.clock.monotonic(), sum(comm.calls for comm in self.late.values())
+        started, calls = self.clock.monotonic(), sum(comm.delayed for comm in self.late.values())
         self.engine.train_step(1, batches)
-        return self.clock.monotonic() - started, sum(comm.calls for comm in self.late.values()) - calls
+        return self.clock.monotonic() - started, sum(comm.delayed for comm in self.late.values()) - calls
 
 
 def steps(
