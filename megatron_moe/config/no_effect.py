@@ -100,6 +100,11 @@ RULES = (
         "without rotary embedding; leave it out, or use --position-embedding-type rope",
     ),
     Rule(
+        ("parallel.cp_comm_type",),
+        lambda run: run.parallel.context_parallel_size == 1,
+        "when no sequence is cut; leave it out, or give --context-parallel-size",
+    ),
+    Rule(
         ("parallel.recompute_method", "parallel.recompute_num_layers"),
         lambda run: run.parallel.recompute_granularity != "full",
         "without recomputation of whole layers; leave it out, or give --recompute-granularity full",
