@@ -64,7 +64,6 @@ LAYOUTS: dict[str, Layout] = {
     "CP 2 x PP 2 ring, recomputation of parts": Layout(
         4, {CP: 2, PP: 2, COMM: "p2p", "recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
     ),
-    "TP 2 x CP 2 all-to-all": Layout(4, {TP: 2, CP: 2, COMM: "a2a"}, 2),
     "EP 2 x ETP 2": Layout(4, {EP: 2, ETP: 2}),
     "TP 2 x PP 2 x EP 2": Layout(8, {TP: 2, PP: 2, EP: 2, ETP: 1}),
     "TP 2 x PP 2 x EP 2 x ETP 2": Layout(8, {TP: 2, PP: 2, EP: 2, ETP: 2}, 2),

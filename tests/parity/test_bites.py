@@ -10,7 +10,7 @@ from parity.mistakes import Mistake, is_noticed
 from ranks import run_on_ranks
 
 from megatron_moe.certify.tiny_run import RankOutcome
-from megatron_moe.layers import norm
+from megatron_moe.layers import all_to_all_attention, norm, ring_attention
 from megatron_moe.layers.attention_core import GatheredAttention
 from megatron_moe.moe import losses
 from megatron_moe.moe.routers import router
@@ -19,10 +19,12 @@ from megatron_moe.optim.gradients import Bucket
 from megatron_moe.parallel import collectives
 from megatron_moe.parallel.layout import ParamLayout
 from megatron_moe.parallel.random import KeyedRandom
+from megatron_moe.parallel.ring import Homeward
 from megatron_moe.training.objective import GlobalCounts
 
 TP, PP, CP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"
 EP = "expert_model_parallel_size"
+RING, ALL_TO_ALL = {CP: 2, "cp_comm_type": "p2p"}, {CP: 2, "cp_comm_type": "a2a"}
 NO_SP = {TP: 2, "sequence_parallel": False}
 
 
@@ -115,6 +117,15 @@ MISTAKES = {
     ),
     "balance counts of one rank": Mistake(losses, "sum_over", lambda tensor, axis: tensor, {TP: 2}),
     "causal order by local rows": Mistake(GatheredAttention, "_mask", _local_causal, {CP: 2}),
+    "keys that travelled bring no gradients home": Mistake(
+        Homeward, "total", lambda self: self._own + 0.0 * self._arriving.wait(), RING
+    ),
+    "tiles of a ring told by neighbouring chunks": Mistake(
+        ring_attention, "own_chunks", lambda size, rank: (2 * rank, 2 * rank + 1), RING
+    ),
+    "exchanged rows left in the order of their ranks": Mistake(
+        all_to_all_attention, "sequence_order", lambda length, size, device: torch.arange(length), ALL_TO_ALL
+    ),
     "random draws keyed by local rows": Mistake(KeyedRandom, "uniform", _draws_by_row, {TP: 2}),
 }
 
