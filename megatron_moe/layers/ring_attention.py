@@ -1,9 +1,10 @@
 """Ring attention: queries stay, keys and values pass all context-parallel ranks, each computes with what is there.
 
 [Ring Attention, arXiv:2310.01889; cut into two chunks a rank against idle ranks, as in Striped Attention,
-arXiv:2311.09431, and Megatron-LM.]  Letters: C rows of a chunk, half of a rank's; n = B·G.
+arXiv:2311.09431, and Megatron-LM.]  Letters: C rows of a chunk, half of a rank's; K keys of a tile; n = B·G.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,15 +20,19 @@ from megatron_moe.ops.wide_product import wide_product
 from megatron_moe.parallel.ring import Homeward, visitors
 from megatron_moe.parallel.state import Axis
 
+# Larger tiles are computed some keys at a time: so many scores exist at once, or those of so many keys if that is more
+MOST_SCORES, FEWEST_KEYS = 1 << 20, 256
+
 
 @dataclass(frozen=True)
 class Tile:
-    """The scores of one of my two chunks of queries for one of a visitor's two chunks of keys."""
+    """Scores of one of my two chunks of queries for keys of one of a visitor's two chunks."""
 
     query: int  # 0 or 1, of mine
+    rows: slice  # of these queries among mine
     key: int  # 0 or 1, of the visitor's
-    rows: slice  # of the queries among mine
-    columns: slice  # of the keys in their sequence
+    keys: slice  # in that chunk
+    columns: slice  # of these keys in their sequence
     masked: bool  # False: every query sees every key
 
 
@@ -37,29 +42,29 @@ class Tiling:
 
     sight: Sight  # without its bias
     cp: Axis
+    keys_at_once: int
 
-    def tiles(self, sender: int) -> list[Tile]:
+    def tiles(self, sender: int) -> Iterator[Tile]:
         """Only those in which some query may see some key, as far as the order of the sequence tells."""
         sight, size = self.sight, self.cp.size
         rows, columns = sight.queries.num_rows // 2, sight.keys.num_rows // 2
-        found = []
         for query, mine in enumerate(own_chunks(size, self.cp.rank)):
             for key, theirs in enumerate(own_chunks(size, sender)):
                 if sight.causal and theirs > mine and sight.keys.prefix is None:
                     continue
-                found.append(
-                    Tile(
+                for start in range(0, columns, self.keys_at_once):
+                    stop = min(start + self.keys_at_once, columns)
+                    yield Tile(
                         query,
+                        slice(query * rows, (query + 1) * rows),
                         key,
-                        rows=slice(query * rows, (query + 1) * rows),
-                        columns=slice(theirs * columns, (theirs + 1) * columns),
+                        slice(start, stop),
+                        slice(theirs * columns + start, theirs * columns + stop),
                         masked=sight.segmented or (sight.causal and theirs >= mine),
                     )
-                )
-        return found
 
     def scores(self, tile: Tile, query: Tensor, key: Tensor, bias: Tensor | None) -> Tensor:
-        """(n, q·C, C') wide.   query: (n, q·C, D).   key: (n, C', D).   bias: (1 or B, heads, 2·C, S')."""
+        """(n, q·C, K) wide.   query: (n, q·C, D).   key: (n, K, D).   bias: (1 or B, heads, 2·C, S')."""
         wide = torch.promote_types(query.dtype, torch.float32)
         scores = wide_product(query, key.transpose(1, 2), wide).mul_(scale_of(query))
         by_head = self.by_head(scores, tile)
@@ -71,7 +76,7 @@ class Tiling:
         return scores
 
     def by_head(self, scores: Tensor, tile: Tile) -> Tensor:
-        """(n, q·C, C') as (B, heads, C, C')."""
+        """(n, q·C, K) as (B, heads, C, K)."""
         rows = tile.rows.stop - tile.rows.start
         return scores.view(self.sight.queries.num_samples, -1, rows, scores.shape[-1])
 
@@ -80,16 +85,20 @@ class RingAttention:
     """Exact attention with the keys and values of two ranks in memory: mine, and those that pass.
 
     A rank sends its keys and values (cp-1) times; backwards also, in wide precision, their gradients. Kept for the
-    backward pass: queries, own keys and values, the answer, and one number for each query and head. Scores exist a
-    quarter of a rank's block at a time. Plain products: the fused ones of torch do not merge.
+    backward pass: queries, own keys and values, the answer, and one number for each query and head. Plain products:
+    torch does not say in public how to merge the answers of its fused ones.
     """
 
-    def __init__(self, cp: Axis) -> None:
+    def __init__(self, cp: Axis, *, most_scores: int = MOST_SCORES, fewest_keys: int = FEWEST_KEYS) -> None:
         self.cp = cp
+        self.most_scores = most_scores
+        self.fewest_keys = fewest_keys
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, sight: Sight) -> Tensor:
         assert not sight.cached, "tokens are decoded without context parallelism"
-        tiling = Tiling(replace(sight, bias=None), self.cp)
+        scores_of_a_key = query.numel() // query.shape[-1] // 2
+        keys_at_once = max(self.fewest_keys, self.most_scores // scores_of_a_key)
+        tiling = Tiling(replace(sight, bias=None), self.cp, keys_at_once)
         found: Tensor = _Ring.apply(query, key, value, sight.bias, tiling)
         return found
 
@@ -107,8 +116,8 @@ class _Ring(Function):
         found = [RunningSoftmax(chunk, wide) for chunk in chunks]
         for sender, (keys, values) in visitors(both, tiling.cp):
             for tile in tiling.tiles(sender):
-                scores = tiling.scores(tile, chunks[tile.query], keys[tile.key], bias)
-                found[tile.query].add(scores, values[tile.key])
+                scores = tiling.scores(tile, chunks[tile.query], keys[tile.key, :, tile.keys], bias)
+                found[tile.query].add(scores, values[tile.key, :, tile.keys])
         mixed = torch.stack([chunk.mixed() for chunk in found]).to(query.dtype)
         log_sums = torch.stack([chunk.log_sum() for chunk in found])
         ctx.save_for_backward(chunks, both, bias, mixed, log_sums)
@@ -130,12 +139,12 @@ class _Ring(Function):
         for sender, (keys, values) in visitors(both, tiling.cp):
             of_visitor = torch.zeros_like(both, dtype=wide)
             for tile in tiling.tiles(sender):
-                query, key = chunks[tile.query], keys[tile.key]
+                query, key, value = chunks[tile.query], *(side[tile.key, :, tile.keys] for side in (keys, values))
                 scores = tiling.scores(tile, query, key, bias)
-                found = block_gradients(scores, answers[tile.query], query, key, values[tile.key])
+                found = block_gradients(scores, answers[tile.query], query, key, value)
                 of_query[tile.query] += found.query
-                of_visitor[0, tile.key] += found.key
-                of_visitor[1, tile.key] += found.value
+                of_visitor[0, tile.key, :, tile.keys] += found.key
+                of_visitor[1, tile.key, :, tile.keys] += found.value
                 if of_bias is not None:
                     by_head = tiling.by_head(found.scores, tile)
                     of_bias[:, :, tile.rows, tile.columns] = by_head.sum_to_size(bias.shape[0], *by_head.shape[1:])

@@ -1,6 +1,7 @@
 """Ring attention against the softmax of whole sequences; what it does not compute, send or keep."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -51,17 +52,31 @@ def test_ranks_find_what_the_whole_softmax_finds(world_size: int) -> None:
         assert all(error < ROUNDING for error in found.values()), found
 
 
+def test_large_tiles_are_computed_a_few_keys_at_a_time() -> None:
+    for found in run_on_ranks(2, worst_errors, partial(RingAttention, most_scores=3 * S * B, fewest_keys=1)):
+        assert all(error < ROUNDING for error in found.values()), found
+    tilings: list[Tiling] = []
+    core = RingAttention(ALONE.cp, most_scores=20 * S, fewest_keys=2)
+    for most, wanted in ((20 * S, 5), (1, 2)):
+        core.most_scores = most
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ring_attention._Ring, "apply", lambda *arguments: tilings.append(arguments[-1]))
+            core(*draw(CAUSAL).leaves(), sight=sight_of(CAUSAL, ALONE))
+        assert tilings.pop().keys_at_once == wanted  # of 2 samples, 4 heads and S / 2 queries
+
+
 @pytest.mark.parametrize("size", [1, 2, 4])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("prefix", [True, False])
-def test_tiles_are_all_that_can_be_seen_and_no_more(size: int, causal: bool, prefix: bool) -> None:
+@pytest.mark.parametrize("keys_at_once", [3, S])
+def test_tiles_are_all_that_can_be_seen_and_no_more(size: int, causal: bool, prefix: bool, keys_at_once: int) -> None:
     case = Case(causal=causal, prefix=prefix)
     seen = torch.zeros(S, S, dtype=torch.int64)
     for rank in range(size):
         state = recorded(rank, size)[0]
         sight = sight_of(case, state)
         for sender in range(size):
-            for tile in Tiling(sight, state.cp).tiles(sender):
+            for tile in Tiling(sight, state.cp, keys_at_once).tiles(sender):
                 rows, columns = sight.queries.rows[tile.rows], torch.arange(S)[tile.columns]
                 allowed = sight.allowed(rows, columns)
                 assert allowed.any() or prefix
