@@ -107,6 +107,9 @@ class Delayed(Communicator):
     def receive_(self, tensor: Tensor, source: int) -> Pending:
         return self.inner.receive_(tensor, source)
 
+    def send_receive_(self, tensor: Tensor, to: int, received: Tensor, source: int) -> Pending:
+        return self.inner.send_receive_(tensor, to, received, source)
+
     def barrier(self) -> None:
         self.inner.barrier()
 

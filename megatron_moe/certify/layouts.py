@@ -7,6 +7,7 @@ from typing import Any
 
 TP, PP, CP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"
 ROUNDS = "num_virtual_stages_per_pipeline_rank"
+COMM = "cp_comm_type"
 EP, ETP = "expert_model_parallel_size", "expert_tensor_parallel_size"
 NODE = "expert_model_parallel_ranks_per_node"
 
@@ -56,6 +57,8 @@ LAYOUTS: dict[str, Layout] = {
     "TP 2 with sequence parallelism and overlap": Layout(2, {TP: 2, "tp_comm_overlap": True}),
     "TP 2 with overlap": Layout(2, {TP: 2, "sequence_parallel": False, "tp_comm_overlap": True}, 2),
     "CP 2": Layout(2, {CP: 2}),
+    "CP 2 ring": Layout(2, {CP: 2, COMM: "p2p"}, 2),
+    "CP 2 all-to-all": Layout(2, {CP: 2, COMM: "a2a"}),
     "PP 2": Layout(2, {PP: 2}),
     "PP 2 sequential": Layout(2, {PP: 2, "pipeline_schedule": "sequential"}, 2),
     "PP 2 split backward": Layout(2, {PP: 2, "pipeline_schedule": "1f1b_split"}),
@@ -100,6 +103,10 @@ LAYOUTS: dict[str, Layout] = {
     "EP 4, at most an even part at a time": Layout(4, {EP: 4, "expert_rank_capacity_factor": 1.0}),
     "EP 2 x ETP 2, at most an even part at a time": Layout(4, {EP: 2, ETP: 2, "expert_rank_capacity_factor": 1.0}),
     "TP 2 x CP 2": Layout(4, {TP: 2, CP: 2}, 2),
+    "TP 2 x CP 2 ring": Layout(4, {TP: 2, CP: 2, COMM: "p2p"}),
+    "CP 2 x PP 2 ring, recomputation of parts": Layout(
+        4, {CP: 2, PP: 2, COMM: "p2p", "recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+    ),
     "EP 2 x ETP 2": Layout(4, {EP: 2, ETP: 2}),
     "TP 2 x PP 2 x EP 2": Layout(8, {TP: 2, PP: 2, EP: 2, ETP: 1}),
     "TP 2 x PP 2 x EP 2 x ETP 2": Layout(8, {TP: 2, PP: 2, EP: 2, ETP: 2}, 2),

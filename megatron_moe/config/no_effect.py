@@ -127,6 +127,11 @@ RULES = (
         "with --tensor-model-parallel-size 1, where nothing travels; leave it out, or raise the tensor size",
     ),
     Rule(
+        ("parallel.cp_comm_type",),
+        lambda run: run.parallel.context_parallel_size == 1,
+        "when no sequence is cut; leave it out, or give --context-parallel-size",
+    ),
+    Rule(
         ("parallel.recompute_method", "parallel.recompute_num_layers"),
         lambda run: run.parallel.recompute_granularity != "full",
         "without recomputation of whole layers; leave it out, or give --recompute-granularity full",

@@ -17,6 +17,12 @@ class ParallelConfig:
     tensor_model_parallel_size: int = option(1, "ranks that split each weight matrix (tp)", at_least=1)
     pipeline_model_parallel_size: int = option(1, "ranks that split the layers (pp)", at_least=1)
     context_parallel_size: int = option(1, "ranks that split each sequence (cp)", at_least=1)
+    cp_comm_type: str = option(
+        "all_gather",
+        "how the ranks of a sequence attend: all_gather = keys and values of all in each; p2p = they go round the "
+        "ranks (ring); a2a = each has some heads over the whole sequence",
+        choices=("all_gather", "p2p", "a2a"),
+    )
     expert_model_parallel_size: int = option(
         1, "ranks that share the experts of a layer (ep); folded over tp, cp and dp", at_least=1
     )

@@ -79,6 +79,21 @@ def _tensor(run: Sections) -> None:
         )
 
 
+def _context(run: Sections) -> None:
+    """All-to-all attention shares out heads over cp; key-value groups may be copied, heads not cut."""
+    parallel = run.parallel
+    tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
+    heads = run.model.num_attention_heads // tp
+    if parallel.cp_comm_type != "a2a" or heads % cp == 0:
+        return
+    of_a_rank = f" / --tensor-model-parallel-size {tp} = {heads} heads" if tp > 1 else ""
+    raise ConfigError(
+        f"--num-attention-heads {run.model.num_attention_heads}{of_a_rank} cannot be shared out over "
+        f"--context-parallel-size {cp} by --cp-comm-type a2a; use a context size of {words(divisors(heads))}, or "
+        f"--cp-comm-type p2p or all_gather, which leave the heads where they are."
+    )
+
+
 def _objective(run: Sections) -> None:
     data = run.data
     if data.objective != "span_corruption":
@@ -259,6 +274,7 @@ def _learning_rate(run: Sections) -> None:
 CHECKS = (
     _vocabulary,
     _tensor,
+    _context,
     check_pipeline,
     _objective,
     _sequence,

@@ -103,6 +103,7 @@ def _layer(config: RunConfig, vocab_size: int, stack: int, *, causal: bool) -> L
         sequence_parallel=config.parallel.uses_sequence_parallel,
         vocab_size=vocab_size,
         seed=config.training.seed,
+        cp_comm_type=config.parallel.cp_comm_type,
         recompute_modules=config.parallel.modules_to_recompute,
         rank_capacity=config.parallel.expert_rank_capacity_factor,
     )

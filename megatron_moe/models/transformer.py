@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from megatron_moe.config.moe import MoEConfig
 from megatron_moe.layers.attention import Attention, AttentionShape
-from megatron_moe.layers.attention_core import AttentionCore, GatheredAttention, RecomputedAttention
+from megatron_moe.layers.attention_core import RecomputedAttention
+from megatron_moe.layers.attention_cores import build_core
 from megatron_moe.layers.context import ForwardContext
 from megatron_moe.layers.cross_attention import CrossAttention
 from megatron_moe.layers.mlp import MLP
@@ -43,6 +44,7 @@ class LayerSpec:
     cross_attention: bool = False  # whether it looks at the encoder's output
     vocab_size: int = 0  # ids that mean something
     seed: int = 0
+    cp_comm_type: str = "all_gather"  # how attention goes over the ranks of a sequence
     recompute_modules: frozenset[str] = frozenset()  # run again in the backward pass
     rank_capacity: float | None = None  # rows that a rank of experts receives at once, in even parts
 
@@ -168,7 +170,7 @@ class TransformerLayer(nn.Module):
     def __init__(self, spec: LayerSpec, state: ParallelState) -> None:
         super().__init__()
         self.recompute = spec.recompute_modules
-        core: AttentionCore = GatheredAttention(state.cp)
+        core = build_core(spec.cp_comm_type, state.cp)
         if "core_attn" in self.recompute:
             core = RecomputedAttention(core)
         self.attention_norm = _norm(spec)

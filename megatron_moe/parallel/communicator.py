@@ -94,6 +94,13 @@ class Communicator(ABC):
         """Start filling `tensor` from rank `source` of this axis."""
 
     @abstractmethod
+    def send_receive_(self, tensor: Tensor, to: int, received: Tensor, source: int) -> Pending:
+        """Start sending `tensor` to rank `to` and filling `received` from rank `source`, both at once.
+
+        On a ring every rank sends and receives: begun one after the other, all could wait for a receiver.
+        """
+
+    @abstractmethod
     def barrier(self) -> None: ...
 
 
@@ -121,22 +128,26 @@ class Identity(Communicator):
     def receive_(self, tensor: Tensor, source: int) -> Pending:
         raise RuntimeError("a rank alone has nobody to receive from")
 
+    def send_receive_(self, tensor: Tensor, to: int, received: Tensor, source: int) -> Pending:
+        raise RuntimeError("a rank alone has nobody to send to and to receive from")
+
     def barrier(self) -> None:
         return
 
 
 class _Work(Pending):
-    """A torch.distributed handle, with the tensor it must keep alive."""
+    """Handles of torch.distributed, with the tensors they must keep alive."""
 
-    def __init__(self, work: dist.Work, tensor: Tensor) -> None:
-        self._work = work
-        self._tensor = tensor
+    def __init__(self, works: Sequence[dist.Work], *tensors: Tensor) -> None:
+        self._works = works
+        self._tensors = tensors
 
     def wait(self) -> None:
-        self._work.wait()
+        for work in self._works:
+            work.wait()
 
     def is_over(self) -> bool:
-        return self._work.is_completed()
+        return all(work.is_completed() for work in self._works)
 
 
 class Torch(Communicator):
@@ -205,11 +216,18 @@ class Torch(Communicator):
     def send(self, tensor: Tensor, to: int) -> Pending:
         tensor = tensor.contiguous()
         work = dist.isend(tensor, self._ranks[to], group=self._group)
-        return _Work(work, tensor) if work is not None else Done()
+        return _Work([work], tensor) if work is not None else Done()
 
     def receive_(self, tensor: Tensor, source: int) -> Pending:
         work = dist.irecv(tensor, self._ranks[source], group=self._group)
-        return _Work(work, tensor) if work is not None else Done()
+        return _Work([work], tensor) if work is not None else Done()
+
+    def send_receive_(self, tensor: Tensor, to: int, received: Tensor, source: int) -> Pending:
+        tensor = tensor.contiguous()
+        sending = dist.P2POp(dist.isend, tensor, self._ranks[to], self._group)
+        receiving = dist.P2POp(dist.irecv, received, self._ranks[source], self._group)
+        # one launch under NCCL, where a send may wait for its receiver
+        return _Work(dist.batch_isend_irecv([sending, receiving]), tensor, received)
 
     def barrier(self) -> None:
         dist.barrier(group=self._group)
@@ -276,6 +294,10 @@ class Recording(Communicator):
 
     def receive_(self, tensor: Tensor, source: int) -> Pending:
         self.tally.add("receive", 0)
+        return Done()
+
+    def send_receive_(self, tensor: Tensor, to: int, received: Tensor, source: int) -> Pending:
+        self.tally.add("send_receive", _bytes(tensor))
         return Done()
 
     def barrier(self) -> None:

@@ -163,6 +163,9 @@ class Yielding(Communicator):
     def receive_(self, tensor: Tensor, source: int) -> Pending:
         return self._inner.receive_(tensor, source)
 
+    def send_receive_(self, tensor: Tensor, to: int, received: Tensor, source: int) -> Pending:
+        return self._inner.send_receive_(tensor, to, received, source)
+
     def barrier(self) -> None:
         self._inner.barrier()
 

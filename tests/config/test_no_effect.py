@@ -153,6 +153,11 @@ CASES: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
         {"parallel.tensor_model_parallel_size": 2},
     ),
     (
+        {"parallel.cp_comm_type": "p2p"},
+        "--cp-comm-type p2p (from the recipe) has no effect when no sequence is cut",
+        {"parallel.context_parallel_size": 2},
+    ),
+    (
         {"parallel.recompute_method": "block"},
         "give --recompute-granularity full.",
         {"parallel.recompute_granularity": "full"},

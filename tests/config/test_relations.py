@@ -50,6 +50,18 @@ CASES: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
         {TP: 2, "model.make_vocab_size_divisible_by": 6},
     ),
     (
+        {CP: 3, "data.seq_length": 48, "parallel.cp_comm_type": "a2a"},
+        "--num-attention-heads 8 cannot be shared out over --context-parallel-size 3 by --cp-comm-type a2a; "
+        "use a context size of 1, 2, 4 or 8, or --cp-comm-type p2p or all_gather",
+        {CP: 3, "data.seq_length": 48, "parallel.cp_comm_type": "p2p"},
+    ),
+    (
+        {CP: 4, TP: 4, "data.seq_length": 64, "parallel.cp_comm_type": "a2a"},
+        "--num-attention-heads 8 / --tensor-model-parallel-size 4 = 2 heads cannot be shared out over",
+        # a group of key-value heads may be copied
+        {CP: 4, TP: 2, "data.seq_length": 64, "parallel.cp_comm_type": "a2a", "model.num_query_groups": 2},
+    ),
+    (
         {"parallel.sequence_parallel": True},
         "--sequence-parallel has no effect with --tensor-model-parallel-size 1",
         {"parallel.sequence_parallel": True, TP: 2},

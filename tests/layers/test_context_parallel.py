@@ -4,7 +4,7 @@ import pytest
 import torch
 from ranks import run_on_ranks
 
-from megatron_moe.layers.context_parallel import context_rows, gather_sequence
+from megatron_moe.layers.context_parallel import context_rows, gather_sequence, own_chunks, sequence_order
 from megatron_moe.parallel.grid import Grid
 from megatron_moe.parallel.state import ParallelState
 
@@ -15,6 +15,8 @@ def test_two_ranks_by_hand() -> None:
     assert context_rows(8, 2, 0, CPU).tolist() == [0, 1, 6, 7]
     assert context_rows(8, 2, 1, CPU).tolist() == [2, 3, 4, 5]
     assert context_rows(5, 1, 0, CPU).tolist() == [0, 1, 2, 3, 4]
+    assert (own_chunks(2, 0), own_chunks(2, 1)) == ((0, 3), (1, 2))
+    assert sequence_order(8, 2, CPU).tolist() == [0, 1, 6, 7, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])

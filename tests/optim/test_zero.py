@@ -84,6 +84,9 @@ class Deaf(Communicator):
     def receive_(self, tensor: Tensor, source: int) -> Pending:
         return self.other.receive_(tensor, source)
 
+    def send_receive_(self, tensor: Tensor, to: int, received: Tensor, source: int) -> Pending:
+        return self.other.send_receive_(tensor, to, received, source)
+
     def barrier(self) -> None:
         self.other.barrier()
 

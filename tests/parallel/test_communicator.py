@@ -49,9 +49,10 @@ def test_a_record_of_the_rest() -> None:
     comm.broadcast_(tensor, 1)
     comm.send(tensor, 2).wait()
     comm.receive_(tensor, 0).wait()
+    comm.send_receive_(tensor, 2, meta(2), 0).wait()
     comm.barrier()
-    assert tally.calls == {"broadcast": 2, "send": 1, "receive": 1, "barrier": 1}
-    assert tally.sent_bytes == {"broadcast": 12, "send": 12, "receive": 0, "barrier": 0}
+    assert tally.calls == {"broadcast": 2, "send": 1, "receive": 1, "send_receive": 1, "barrier": 1}
+    assert tally.sent_bytes == {"broadcast": 12, "send": 12, "receive": 0, "send_receive": 12, "barrier": 0}
     assert tensor.is_meta
 
 
@@ -62,6 +63,16 @@ def test_alone_everything_is_as_it_was() -> None:
     assert comm.reduce_scatter(tensor, [3]) is tensor
     assert comm.all_to_all(tensor, [3], [3]) is tensor
     assert comm.broadcast_(tensor, 0) is tensor
+
+
+def test_alone_there_is_nobody_to_send_to() -> None:
+    comm, tensor = Identity(), torch.zeros(1)
+    with pytest.raises(RuntimeError, match="nobody to send to"):
+        comm.send(tensor, 0)
+    with pytest.raises(RuntimeError, match="nobody to receive from"):
+        comm.receive_(tensor, 0)
+    with pytest.raises(RuntimeError, match="nobody to send to and to receive from"):
+        comm.send_receive_(tensor, 0, tensor, 0)
 
 
 def talk(rank: int, world_size: int) -> None:
@@ -126,6 +137,26 @@ def test_what_needs_no_time_is_here_at_once() -> None:
 
 def test_ranks_of_an_axis_talk_by_their_place_on_it() -> None:
     run_on_ranks(4, talk)
+
+
+def turn(rank: int, world_size: int) -> None:
+    # an axis that is not the world: its ranks are 0, 2 and 4, or 1, 3 and 5
+    axis = ParallelState.distributed(Grid(world_size, pp=3)).pp
+    after, before = (axis.rank + 1) % 3, (axis.rank - 1) % 3
+    # more than a buffer takes: whoever sent first and received then would wait for ever
+    mine = (torch.arange(2.0**22).view(-1, 2) + rank)[:, :1]
+    received = torch.empty(2**21, 1)
+    second = torch.empty(1)
+    first = axis.comm.send_receive_(mine, after, received, before)
+    then = axis.comm.send_receive_(torch.tensor([float(rank)]), after, second, before)
+    then.wait()
+    first.wait()
+    assert torch.equal(received, mine - rank + axis.ranks[before])
+    assert second.item() == axis.ranks[before]
+
+
+def test_all_ranks_of_a_ring_send_and_receive_at_once() -> None:
+    run_on_ranks(6, turn)
 
 
 @pytest.mark.parametrize("rank", range(3))

@@ -10,7 +10,7 @@ from parity.mistakes import Mistake, is_noticed
 from ranks import run_on_ranks
 
 from megatron_moe.certify.tiny_run import RankOutcome
-from megatron_moe.layers import norm, parallel_linear
+from megatron_moe.layers import all_to_all_attention, norm, parallel_linear, ring_attention
 from megatron_moe.layers.attention_core import GatheredAttention
 from megatron_moe.layers.linear import weight_gradient
 from megatron_moe.layers.parallel_linear import TensorSplit
@@ -24,6 +24,7 @@ from megatron_moe.parallel.arrival import Landed
 from megatron_moe.parallel.in_pieces import places
 from megatron_moe.parallel.layout import ParamLayout
 from megatron_moe.parallel.random import KeyedRandom
+from megatron_moe.parallel.ring import Homeward
 from megatron_moe.training.objective import GlobalCounts
 
 TP, PP, CP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"
@@ -33,6 +34,7 @@ RELATIVE = {
     "relative_attention_num_buckets": 8,
     "relative_attention_max_distance": 10,
 }
+RING, ALL_TO_ALL = {CP: 2, "cp_comm_type": "p2p"}, {CP: 2, "cp_comm_type": "a2a"}
 NO_SP = {TP: 2, "sequence_parallel": False}
 OVERLAP = {"tp_comm_overlap": True}
 
@@ -170,6 +172,15 @@ MISTAKES = {
     ),
     "balance counts of one rank": Mistake(losses, "sum_over", lambda tensor, axis: tensor, {TP: 2}),
     "causal order by local rows": Mistake(GatheredAttention, "_mask", _local_causal, {CP: 2}),
+    "keys that travelled bring no gradients home": Mistake(
+        Homeward, "total", lambda self: self._own + 0.0 * self._arriving.wait(), RING
+    ),
+    "tiles of a ring told by neighbouring chunks": Mistake(
+        ring_attention, "own_chunks", lambda size, rank: (2 * rank, 2 * rank + 1), RING
+    ),
+    "exchanged rows left in the order of their ranks": Mistake(
+        all_to_all_attention, "sequence_order", lambda length, size, device: torch.arange(length), ALL_TO_ALL
+    ),
     "random draws keyed by local rows": Mistake(KeyedRandom, "uniform", _draws_by_row, {TP: 2}),
 }
 

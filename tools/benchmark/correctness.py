@@ -6,13 +6,16 @@ Errors are ||found - wanted|| / ||wanted||, each wanted value computed in float6
 import math
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import product
 
 import torch
 from torch import Tensor
 
-from megatron_moe.layers.attention_core import GatheredAttention, Sight
+from megatron_moe.layers.attention_core import AttentionCore, GatheredAttention, Sight
 from megatron_moe.layers.context import ForwardContext
 from megatron_moe.layers.loss import vocabulary_cross_entropy
+from megatron_moe.layers.ring_attention import RingAttention
 from megatron_moe.models.whole import plain_context
 from megatron_moe.ops.activation import ACTIVATIONS
 from megatron_moe.ops.grouped_gemm import grouped_linear, loop_product, native_product
@@ -195,8 +198,15 @@ def check_cross_entropy(dtype: str, record: Recorder) -> None:
     compare("vocabulary cross-entropy", function, reference, [3 * random(tokens, padded)], dtype, record)
 
 
+def _attend(core: AttentionCore, sight: Sight, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return core(query, key, value, sight)
+
+
 def check_attention(dtype: str, record: Recorder) -> None:
-    """The attention core, causal, grouped queries, in one document and in two, against the textbook formula."""
+    """The attention cores, causal, grouped queries, in one document and in two, against the textbook formula.
+
+    The ring has one rank here: its tiles are what is checked.
+    """
     length, samples, groups, per_group, width = (6, 2, 2, 2, 8) if record.quick else (384, 2, 2, 4, 64)
     plain = plain_context(torch.zeros(samples, length, dtype=torch.int64, device=record.device))
     segments = torch.zeros(length, samples, dtype=torch.int32, device=record.device)
@@ -207,14 +217,16 @@ def check_attention(dtype: str, record: Recorder) -> None:
         view.tokens, view.positions, segments, view.sample_ids, view.rows, segmented=True, start=view.start
     )
     packed = ForwardContext(packed_view, plain.random, train=False, sequence_parallel=False)
-    core = GatheredAttention(ParallelState.alone().cp)
-    for name, ctx in (("causal", plain), ("packed", packed)):
+    alone = ParallelState.alone().cp
+    ring = RingAttention(alone, most_scores=1, fewest_keys=100)
+    cores: dict[str, AttentionCore] = {"attention": GatheredAttention(alone), "ring attention": ring}
+    for name, (pattern, ctx) in product(cores, (("causal", plain), ("packed", packed))):
         document = ctx.view.segments.cpu().t()
         before = torch.ones(length, length, dtype=torch.bool).tril()
         allowed = (before & (document[:, :, None] == document[:, None, :]))[:, None, None]
 
-        def function(query: Tensor, key: Tensor, value: Tensor, ctx: ForwardContext = ctx) -> Tensor:
-            return core(query, key, value, Sight(ctx.view, ctx.view, causal=True))
+        sight = Sight(ctx.view, ctx.view, causal=True)
+        function = partial(_attend, cores[name], sight)
 
         def reference(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor = allowed) -> Tensor:
             scores = torch.einsum("sbgqd,tbgd->bgqst", query, key) / math.sqrt(width)
@@ -223,7 +235,7 @@ def check_attention(dtype: str, record: Recorder) -> None:
 
         shape = (length, samples, groups)
         inputs = [random(*shape, per_group, width), random(*shape, width), random(*shape, width)]
-        compare(f"attention, {name}", function, reference, inputs, dtype, record, ATTENTION_BF16)
+        compare(f"{name}, {pattern}", function, reference, inputs, dtype, record, ATTENTION_BF16)
 
 
 CHECKS: tuple[Callable[[str, Recorder], None], ...] = (

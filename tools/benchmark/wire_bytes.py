@@ -159,6 +159,9 @@ class Counting(Communicator):
     def receive_(self, tensor: Tensor, source: int) -> Pending:
         raise RuntimeError("a dispatcher receives nothing from one rank of ep")
 
+    def send_receive_(self, tensor: Tensor, to: int, received: Tensor, source: int) -> Pending:
+        raise RuntimeError("a dispatcher sends nothing round the ranks of ep")
+
     def barrier(self) -> None:
         self._inner.barrier()
 
