@@ -101,14 +101,14 @@ def _sizes_of_ranks(model: ModelConfig, parallel: ParallelConfig, rounds: int) -
     said = " and ".join(f"{FIRST if rank == 0 else LAST} {layers}" for rank, layers in known.items())
     if rest < others or (rest and not others) or (others and rest % others):
         raise ConfigError(
-            f"{said} leave {rest} of --num-layers {model.num_layers} to {others} other pipeline ranks, which cannot "
-            f"share them evenly; change the numbers, or write each stage out with {LAYOUT}."
+            f"{said} would leave {rest} of --num-layers {model.num_layers} to {others} other pipeline ranks, which "
+            f"cannot share them evenly; change the numbers, or write each stage out with {LAYOUT}."
         )
     sizes = [known.get(rank, rest // max(1, others)) for rank in range(ranks)]
     for rank, layers in enumerate(sizes):
         if layers % rounds:
             raise ConfigError(
-                f"{said} leave {layers} layers to pipeline rank {rank}, which cannot be cut into {ROUNDS} {rounds}; "
-                f"change the numbers, or write each stage out with {LAYOUT}."
+                f"{said} would leave {layers} layers to pipeline rank {rank}, which cannot be cut into {ROUNDS} "
+                f"{rounds}; change the numbers, or write each stage out with {LAYOUT}."
             )
     return [layers // rounds for layers in sizes] * rounds

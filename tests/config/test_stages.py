@@ -139,19 +139,19 @@ CASES: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
     ),
     (
         {PP: 3, FIRST: 3},
-        "--decoder-first-pipeline-num-layers 3 leave 5 of --num-layers 8 to 2 other pipeline ranks, which cannot share "
-        "them evenly",
+        "--decoder-first-pipeline-num-layers 3 would leave 5 of --num-layers 8 to 2 other pipeline ranks, which cannot "
+        "share them evenly",
         {PP: 3, FIRST: 4},
     ),
     (
         {PP: 2, FIRST: 3, LAST: 4},
-        "--decoder-first-pipeline-num-layers 3 and --decoder-last-pipeline-num-layers 4 leave 1 of --num-layers 8 to 0 "
-        "other pipeline ranks",
+        "--decoder-first-pipeline-num-layers 3 and --decoder-last-pipeline-num-layers 4 would leave 1 of "
+        "--num-layers 8 to 0 other pipeline ranks",
         {PP: 2, FIRST: 3, LAST: 5},
     ),
     (
         {PP: 2, FIRST: 5, ROUNDS: 2},
-        "leave 5 layers to pipeline rank 0, which cannot be cut into --num-virtual-stages-per-pipeline-rank 2",
+        "would leave 5 layers to pipeline rank 0, which cannot be cut into --num-virtual-stages-per-pipeline-rank 2",
         {PP: 2, FIRST: 6, ROUNDS: 2},
     ),
     (
