@@ -23,6 +23,7 @@ from megatron_moe.planning.drawing import draw_picture, draw_text
 from megatron_moe.planning.simulate import Timeline, simulate
 
 DRAWN = {**SCHEDULES, forward_only.name: forward_only}
+MOST_LISTED = 16  # ranks whose memory is listed one by one
 GROUPED = ("interleaved", forward_only.name)
 
 
@@ -91,15 +92,15 @@ def costs_of(options: argparse.Namespace) -> Costs:
     return Costs(forward, backward_input, backward_weight, overlap)
 
 
-def time_of(flag: str, text: str) -> Fraction:
-    """Exact, so that the simulation is."""
+def time_of(flag: str, text: str) -> Number:
+    """Exact, so that the simulation is; an integer where it is one, which is faster."""
     try:
         time = Fraction(text)
     except (ValueError, ZeroDivisionError):
         raise ConfigError(f"{flag} {text}: expected a number, as in 1 or 0.85") from None
     if time < 0:
         raise ConfigError(f"{flag} {text}: expected 0 or more")
-    return time
+    return time.numerator if time.denominator == 1 else time
 
 
 def title(schedule: Schedule, shape: Pipeline, timeline: Timeline) -> str:
@@ -108,15 +109,17 @@ def title(schedule: Schedule, shape: Pipeline, timeline: Timeline) -> str:
     return f"{schedule.name}: {shape.ranks} ranks{rounds}, {shape.microbatches} microbatches, {waits}"
 
 
-def facts(schedule: Schedule, shape: Pipeline, costs: Costs, timeline: Timeline, latency: Fraction) -> list[str]:
+def facts(schedule: Schedule, shape: Pipeline, costs: Costs, timeline: Timeline, latency: Number) -> list[str]:
     """Time beside its formula, and memory."""
     formula = percent(schedule.idle_share(shape, costs))
     without = " without latency" if latency else ""
     held = [schedule.held(shape, rank) for rank in range(shape.ranks)]
     if len(set(held)) == 1:
         told = f"{held[0]} on each rank"
-    else:
+    elif len(held) <= MOST_LISTED:
         told = ", ".join(map(str, held))
+    else:
+        told = f"{held[0]} on rank 0, down to {held[-1]} on rank {len(held) - 1}"
     passes = "passes of a microbatch through a stage" if shape.rounds > 1 else "microbatches"
     return [
         f"time        {number(timeline.total)}",

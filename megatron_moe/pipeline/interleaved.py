@@ -1,8 +1,8 @@
 """Several stages a rank: groups of microbatches pass a stage before the rank turns to its next one.
 
-    2 ranks, 2 rounds, groups of 2        rank 0 has the stages 0 and 2, rank 1 has 1 and 3
-    rank 0   F0.0 F0.1 F2.0 F2.1 ...
-    rank 1        F1.0 F1.1 F3.0 ...
+    2 ranks, 4 microbatches, 2 rounds: F and B on the stages 0 and 1, f and b on 2 and 3, all equally long
+    rank 0  F0F1f0f1F2b0F3b1f2B0f3B1..b2..b3B2B3
+    rank 1  ..F0F1f0b0f1b1F2B0F3B1f2b2f3b3B2B3..
 
 [Narayanan et al., arXiv:2104.04473, section 2.2; the order is that of Megatron-LM core/pipeline_parallel/schedules.py]
 """

@@ -1,9 +1,9 @@
 """1F1B of pairs: the forward pass of one microbatch beside the backward pass of another, so that each computes while
 the other's tokens travel between the experts' ranks.
 
-    2 ranks, 4 microbatches, a backward pass and a pair as long as two forward passes
-    rank 0   F0 F1 F2 .. F3|B0 B1--- B2--- .. B3---
-    rank 1   .. F0 F1|B0 F2|B1 F3|B2 B3---
+    2 ranks, 4 microbatches; P3/0 = F3 and B0; a backward pass and a pair take as long as two forward passes
+    rank 0  F0F1F2..P3/0B1--B2--B3--
+    rank 1  ..F0P1/0P2/1P3/2B3--....
 """
 
 from megatron_moe.pipeline.actions import Action, Entry, Kind, Pair, Pipeline

@@ -1,5 +1,10 @@
 """ZB-H1: weight halves of backward passes, for which nobody waits, fill time in which a rank would wait.
 
+    3 ranks, 4 microbatches, backward passes in the halves I and W
+    rank 0  F0F1F2....I0W0F3I1W1I2W2I3W3
+    rank 1  ..F0F1..I0F2I1W0F3I2W1I3W2W3
+    rank 2  ....F0I0F1I1F2I2W0F3I3W1W2W3
+
 [Qi et al., Zero Bubble Pipeline Parallelism, arXiv:2401.10241, section 2.2]
 """
 

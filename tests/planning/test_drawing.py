@@ -2,12 +2,14 @@
 
 from fractions import Fraction
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
+from megatron_moe.pipeline import interleaved, overlap, zero_bubble
 from megatron_moe.pipeline.actions import Pipeline
 from megatron_moe.pipeline.schedule import Costs
 from megatron_moe.pipeline.schedules import SCHEDULES
@@ -33,9 +35,9 @@ def test_two_ranks_by_hand() -> None:
 
 def test_halves_rounds_and_pairs_are_told_apart() -> None:
     assert drawn("zb_h1", Pipeline(2, 2), Costs(1, 1, 1))[1] == "rank 1  ..F0I0F1I1W0W1"
-    interleaved = drawn("interleaved", Pipeline(2, 2, rounds=2), Costs(1, 1, 0))
-    assert interleaved[0] == "rank 0  F0F1f0f1..b0..b1B0B1"
-    assert interleaved[2] == "time 1 = 2 columns; F forward, B backward, small letters: every second round, . idle"
+    rounds = drawn("interleaved", Pipeline(2, 2, rounds=2), Costs(1, 1, 0))
+    assert rounds[0] == "rank 0  F0F1f0f1..b0..b1B0B1"
+    assert rounds[2] == "time 1 = 2 columns; F forward, B backward, small letters: every second round, . idle"
     pairs = drawn("1f1b_overlap", Pipeline(1, 3), Costs(1, 1, 1))
     assert pairs == [
         "rank 0  F0P1/0P2/1B2--",
@@ -51,6 +53,21 @@ def test_a_time_unit_divides_all_times() -> None:
 def test_numbers_of_two_digits_have_room() -> None:
     rows = drawn("1f1b", Pipeline(2, 11), Costs(1, 1, 1))
     assert rows[1].startswith("rank 1  ...F0-B0----F1-B1----") and "F10B10---" in rows[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "shape", "costs"),
+    [
+        ("interleaved", interleaved, Pipeline(2, 4, 2), Costs(1, 1, 0)),
+        ("zb_h1", zero_bubble, Pipeline(3, 4), Costs(1, 1, 1)),
+        ("1f1b_overlap", overlap, Pipeline(2, 4), Costs(1, 1, 1)),
+    ],
+)
+def test_schedules_are_as_their_files_draw_them(
+    name: str, module: ModuleType, shape: Pipeline, costs: Costs
+) -> None:
+    lines = (line.strip() for line in (module.__doc__ or "").splitlines())
+    assert [line for line in lines if line.startswith("rank ")] == drawn(name, shape, costs)[:-1]
 
 
 @pytest.mark.parametrize("name", SCHEDULES)

@@ -71,6 +71,33 @@ def test_the_formulas_are_those_of_the_papers() -> None:
     assert interleaved - 3 * microbatches == Fraction(3 * (ranks - 1), 2)
 
 
+BUBBLES = {
+    "sequential": ("m·v·(p-1)·(F+B)", lambda p, m, v, c: m * v * (p - 1) * (c.forward + c.backward)),
+    "1f1b": ("(p-1)·(F+B)", lambda p, m, v, c: (p - 1) * (c.forward + c.backward)),
+    "1f1b_split": ("(p-1)·(F+I)", lambda p, m, v, c: (p - 1) * (c.forward + c.backward_input)),
+    "zb_h1": (
+        "(p-1)·(F+I-min(F,I,W)) for m >= p",
+        lambda p, m, v, c: (
+            (p - 1)
+            * (c.forward + c.backward_input - min(c.forward, c.backward_input, c.backward_weight))
+        ),
+    ),
+    "interleaved": ("(p-1)·(F+B) for m >= p", lambda p, m, v, c: (p - 1) * (c.forward + c.backward)),
+    "1f1b_overlap": ("(p-1)·P for m >= 2p", lambda p, m, v, c: (p - 1) * c.pair),
+    "forward_only": ("(p-1)·F for m >= p", lambda p, m, v, c: (p - 1) * c.forward),
+}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_formula_that_people_are_shown_is_what_ranks_wait_on_average(name: str) -> None:
+    text, bubble = BUBBLES[name]
+    assert ALL[name].bubble == text
+    for costs in COSTS:
+        for shape in (Pipeline(3, 6), Pipeline(4, 11), *([Pipeline(3, 7, 2)] if ALL[name].many_rounds else [])):
+            waited = shape.ranks * ALL[name].span(shape, costs) - ALL[name].work(shape, costs)
+            assert waited == shape.ranks * bubble(shape.ranks, shape.microbatches, shape.rounds, costs)
+
+
 def test_two_ranks_by_hand() -> None:
     """rank 0: F0 F1 .. B0-- .. B1--     rank 1: .. F0 B0-- F1 B1--      (times 0 to 9)"""
     shape = Pipeline(2, 2)

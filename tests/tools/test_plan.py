@@ -60,6 +60,13 @@ def test_rounds_are_drawn(capsys: pytest.CaptureFixture[str]) -> None:
     assert "held: 7, 5" in wide
 
 
+def test_the_memory_of_many_ranks_is_told_briefly(capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = run("--show-schedule 1f1b --pipeline-ranks 20 --microbatches 20", capsys)
+    assert out.endswith("held: 20 on rank 0, down to 1 on rank 19\n")
+    _, out, _ = run("--show-schedule zb_h1 --pipeline-ranks 20 --microbatches 20", capsys)
+    assert out.endswith("held: 20 on each rank\n")
+
+
 def test_a_picture_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     png = tmp_path / "zb_h1.png"
     assert run(f"--show-schedule zb_h1 --png {png}", capsys)[0] == 0
