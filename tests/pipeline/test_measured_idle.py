@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_moe.parallel.grid import Grid
 from megatron_moe.parallel.state import ParallelState
-from megatron_moe.pipeline.actions import Pipeline
+from megatron_moe.pipeline.actions import Kind, Pipeline, flat
 from megatron_moe.pipeline.executor import Executor, Played
 from megatron_moe.pipeline.schedule import Costs
 from megatron_moe.pipeline.schedules import SCHEDULES
@@ -19,11 +19,10 @@ from megatron_moe.pipeline.transfer import Edge, Transfer
 
 CPU = torch.device("cpu")
 RANKS = 4
-SLEEPS = Costs(0.04, 0.04, 0.04)
+SLEEPS = Costs(0.04, 0.04, 0.04, overlap=0)  # nothing travels between experts, so that a pair hides nothing
 TOLERANCE = 0.03  # of the time of a step
 TRIES = 20  # the first one is near enough, unless the machine does other things too
-# what the executor plays at its cost
-PLAYED = [(name, Pipeline(RANKS, 4)) for name in ("sequential", "1f1b", "1f1b_split", "zb_h1")]
+PLAYED = [(name, Pipeline(RANKS, 4, rounds=2 if name == "interleaved" else 1)) for name in SCHEDULES]
 
 
 class Sleep(torch.autograd.Function):
@@ -41,26 +40,32 @@ class Sleep(torch.autograd.Function):
 
 
 class Sleeper:
-    """A program of any stages whose passes sleep instead of computing."""
+    """A program of any stages whose passes sleep instead of computing.
 
-    def __init__(self, stages: int, pace: float) -> None:
+    pace: 0 = no sleep at all.   halves: the second half of a backward pass sleeps when it is its turn.
+    """
+
+    def __init__(self, stages: int, *, pace: float, halves: bool) -> None:
         self.stages = stages
-        self.pace = pace  # 0: no sleep at all
+        self.pace = pace
+        self.halves = halves
 
     def edge(self, stage: int, microbatch: int) -> Edge:
         return {"hidden": ((1,), torch.float32)}
 
-    def forward(self, stage: int, microbatch: int, inputs: dict[str, Tensor], *, split: bool) -> Played:
+    def forward(
+        self, stage: int, microbatch: int, inputs: dict[str, Tensor], *, split: bool, last: bool = False
+    ) -> Played:
         time.sleep(self.pace * SLEEPS.forward)
-        now = self.pace * (SLEEPS.backward_input if split else SLEEPS.backward)
+        now = self.pace * (SLEEPS.backward_input if self.halves else SLEEPS.backward)
         hidden = Sleep.apply(inputs["hidden"] if stage else torch.zeros(1, requires_grad=True), now)
 
         def run_weight_gradients() -> None:
-            if split:
+            if self.halves:
                 time.sleep(self.pace * SLEEPS.backward_weight)
 
-        last = stage + 1 == self.stages
-        return Played({} if last else {"hidden": hidden}, [hidden.sum()] if last else [], run_weight_gradients)
+        at_end = stage + 1 == self.stages
+        return Played({} if at_end else {"hidden": hidden}, [hidden.sum()] if at_end else [], run_weight_gradients)
 
 
 def together(value: float, operation: Any) -> float:
@@ -76,17 +81,19 @@ def idle_share(shape: Pipeline, name: str, seconds: float) -> float:
 
 def seconds_of_a_step(rank: int, world_size: int, name: str, shape: Pipeline) -> list[float]:
     """Of each try, from when all ranks start until the last one is done; the last try is near enough to the formula."""
-    state = ParallelState.distributed(Grid(world_size, pp=world_size))
-    executor = Executor(shape.stages, Transfer(state.pp, state.pp_back, CPU))
+    state = ParallelState.distributed(Grid(world_size, pp=world_size, rounds=shape.rounds))
+    executor = Executor(shape.stages, Transfer(state, CPU))
     entries = SCHEDULES[name](shape)[rank]
+    halves = any(action.kind is Kind.BACKWARD_WEIGHT for action in flat(entries))
     most = SCHEDULES[name].idle_share(shape, SLEEPS) + TOLERANCE
-    executor.train(entries, Sleeper(shape.stages, pace=0.0))  # ranks find each other at the first message
+    # ranks find each other at the first message
+    executor.train(entries, Sleeper(shape.stages, pace=0.0, halves=halves))
     found: list[float] = []
     while len(found) < TRIES and not (found and idle_share(shape, name, found[-1]) < most):
         # the clock is one for all processes of a machine
         start = together(time.monotonic(), dist.ReduceOp.MAX) + 0.02
         time.sleep(max(0.0, start - time.monotonic()))
-        executor.train(entries, Sleeper(shape.stages, pace=1.0))
+        executor.train(entries, Sleeper(shape.stages, pace=1.0, halves=halves))
         found.append(together(time.monotonic(), dist.ReduceOp.MAX) - start)
     return found
 
