@@ -125,6 +125,11 @@ RULES = (
         "with span corruption, which knows no documents; leave it out",
     ),
     Rule(
+        ("parallel.ddp_bucket_size",),
+        lambda run: run.parallel.shards_parameters,
+        "with --data-parallel-sharding-strategy optim_grads_params, which reduces layer by layer; leave it out",
+    ),
+    Rule(
         WSD,
         lambda run: run.optimizer.lr_decay_style != "WSD",
         "without the WSD schedule; leave it out, or use --lr-decay-style WSD",

@@ -88,6 +88,24 @@ def _pipeline(run: Sections) -> None:
         )
 
 
+def _sharding(run: Sections) -> None:
+    parallel = run.parallel
+    if not parallel.shards_parameters:
+        return
+    flag = "--data-parallel-sharding-strategy optim_grads_params"
+    if parallel.pipeline_model_parallel_size > 1:
+        raise ConfigError(
+            f"{flag} cannot be combined with --pipeline-model-parallel-size "
+            f"{parallel.pipeline_model_parallel_size}: a stage would gather its weights again for every micro-batch in "
+            f"flight; use optim, or one stage."
+        )
+    if parallel.pipeline_schedule == "1f1b_split":
+        raise ConfigError(
+            f"{flag} reduces weight gradients within the backward pass, which --pipeline-schedule 1f1b_split puts off; "
+            f"leave the schedule out."
+        )
+
+
 def _objective(run: Sections) -> None:
     data = run.data
     if data.objective != "span_corruption":
@@ -260,6 +278,7 @@ CHECKS = (
     _vocabulary,
     _tensor,
     _pipeline,
+    _sharding,
     _objective,
     _sequence,
     _experts,

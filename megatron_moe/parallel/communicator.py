@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 # torch 2.13 renamed these two; 2.11 has the old names only
 _ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -162,6 +163,10 @@ class Torch(Communicator):
 
     def barrier(self) -> None:
         dist.barrier(group=self._group)
+
+    def mesh(self, device: torch.device) -> DeviceMesh:
+        """The same ranks as a mesh of one dimension, for libraries that ask for one; no new process group."""
+        return DeviceMesh.from_group(self._group, device.type)
 
 
 @dataclass

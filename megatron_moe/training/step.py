@@ -119,9 +119,12 @@ class StepProgram:
         objective: Objective,
         aux_share: float = 1.0,
         chunk: int | None = None,
+        uses_sinks: bool = True,
     ) -> None:
         """random: at (seed, step).   aux_share: what each layer's auxiliary losses are multiplied by.   chunk: tokens
-        whose logits are in memory at once; None: all."""
+        whose logits are in memory at once; None: all.   uses_sinks: products hand their weight gradients over instead
+        of returning them to autograd."""
+        self._uses_sinks = uses_sinks and train
         self._chunk = chunk
         self._stages = dict(enumerate(stages, start=state.pp.rank))
         self._batches = batches
@@ -158,7 +161,7 @@ class StepProgram:
 
     def forward(self, stage: int, microbatch: int, inputs: dict[str, Tensor], *, split: bool) -> Played:
         sink = Deferred() if split else Immediate()
-        ctx = self._context(microbatch, sink if self._train else None)
+        ctx = self._context(microbatch, sink if self._uses_sinks else None)
         output = self._stages[stage](inputs, ctx)
         losses = self._losses(self._stages[stage], microbatch, output, ctx)
         outputs = {} if self._stages[stage].last else output.tensors

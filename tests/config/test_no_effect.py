@@ -163,6 +163,11 @@ CASES: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
         "with --lr-decay-style constant",
         {"optimizer.lr_decay_style": "linear"},
     ),
+    (
+        {"parallel.ddp_bucket_size": 1000, "parallel.data_parallel_sharding_strategy": "optim_grads_params"},
+        "with --data-parallel-sharding-strategy optim_grads_params, which reduces layer by layer",
+        {"parallel.data_parallel_sharding_strategy": "optim"},
+    ),
     ({"training.eval_iters": 5}, "give --eval-interval.", {"training.eval_interval": 10}),
     (
         {"training.eval_interval": 5, "data.split": "1,0,0"},

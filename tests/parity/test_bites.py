@@ -8,13 +8,16 @@ import pytest
 import torch
 from parity.mistakes import Mistake, is_noticed
 from ranks import run_on_ranks
+from torch.distributed.fsdp import FSDPModule
 
+from megatron_moe.certify.layouts import ZERO_3
 from megatron_moe.certify.tiny_run import RankOutcome
 from megatron_moe.layers import norm
 from megatron_moe.layers.attention_core import GatheredAttention
 from megatron_moe.moe import losses
 from megatron_moe.moe.routers import router
 from megatron_moe.optim import clip
+from megatron_moe.optim.fully_sharded import ShardedParameter
 from megatron_moe.optim.gradients import Bucket
 from megatron_moe.parallel import collectives
 from megatron_moe.parallel.layout import ParamLayout
@@ -59,6 +62,10 @@ def _reduce_without_further_axes(self: Bucket) -> None:
 def _reduce_and_average(self: Bucket) -> None:
     RIGHT_REDUCE(self)
     self.gradients.div_(self.axis.size)
+
+
+def _accumulate_nowhere(self: ShardedParameter, gradients: torch.Tensor) -> None:
+    self.own_gradients = gradients
 
 
 def _local_norm(buckets: Any) -> float:
@@ -108,6 +115,10 @@ MISTAKES = {
     "routers not summed over tp": Mistake(router, "ParamLayout", _layout_without("tp"), {TP: 2}),
     "tied embeddings not summed over the pipeline": Mistake(Bucket, "reduce", _reduce_without_further_axes, {PP: 2}),
     "gradients averaged over replicas": Mistake(Bucket, "reduce", _reduce_and_average, {}),
+    "sharded gradients averaged over replicas": Mistake(
+        FSDPModule, "set_gradient_divide_factor", lambda self, factor: None, ZERO_3
+    ),
+    "sharded gradients that do not arrive": Mistake(ShardedParameter, "accumulate_in", _accumulate_nowhere, ZERO_3),
     "replicas counted twice in the norm": Mistake(Bucket, "speaks_for", lambda self, layout: True, {TP: 2}),
     "clipping by the norm of one rank": Mistake(clip, "global_norm", _local_norm, {}),
     "auxiliary losses not divided by the groups": Mistake(
