@@ -1,7 +1,7 @@
 """ZeRO-3 in whole steps: what lasts between them, in which precision, and checkpoints that any other layout reads."""
 
 import gc
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,10 @@ from megatron_moe.certify.layouts import CP, EP, ETP, TP, ZERO_3
 from megatron_moe.certify.tiny_model import GLOBAL_BATCH, VOCAB, samples, tiny_config
 from megatron_moe.data.batch import Batch
 from megatron_moe.layers.attention import Attention
+from megatron_moe.models.build import build_stages, gpt_spec, initialise_stages
+from megatron_moe.models.gpt import GPTStage
+from megatron_moe.models.transformer import TransformerLayer
+from megatron_moe.optim.fully_sharded import Sharder, Unit
 from megatron_moe.parallel.state import ParallelState
 from megatron_moe.training.engine import Engine, grid_of
 from tests.end_to_end.tiny_job import Step, attempt, job, read_steps, write_corpus
@@ -21,8 +25,10 @@ from tests.end_to_end.tiny_job import Step, attempt, job, read_steps, write_corp
 MOE = {"router_type": "deepseek_v3", "aux_loss_coeff": 0.0}
 
 
-def engine_of(parallel: Mapping[str, Any], world_size: int, dtype: str = "fp64") -> Engine:
-    config = tiny_config(MOE, parallel, {}, dtype=dtype)
+def engine_of(
+    parallel: Mapping[str, Any], world_size: int, dtype: str = "fp64", moe: Mapping[str, Any] = MOE
+) -> Engine:
+    config = tiny_config(moe, parallel, {}, dtype=dtype)
     return Engine(config, ParallelState.distributed(grid_of(config, world_size)), torch.device("cpu"), VOCAB)
 
 
@@ -78,6 +84,52 @@ def test_gradients_and_moments_are_split_too() -> None:
         assert sharded < 0.55 * min(whole)
 
 
+def gathered_at_once(rank: int, world_size: int) -> list[list[str]]:
+    """Which layers are whole whenever the attention of one begins, in training and in evaluation."""
+    engine = engine_of(ZERO_3, world_size)
+    layers = {name: layer for name, layer in engine.stages[0].layers.items() if isinstance(layer, TransformerLayer)}
+    found: list[list[str]] = []
+
+    def look(module: torch.nn.Module, given: Any) -> None:
+        found.append([name for name, layer in layers.items() if not isinstance(layer.mlp_norm.weight, DTensor)])
+
+    for layer in layers.values():
+        layer.attention.register_forward_pre_hook(look)
+    engine.train_step(0, batches_of(engine))
+    engine.evaluate(batches_of(engine))
+    return found
+
+
+def test_one_layer_is_whole_at_a_time() -> None:
+    one_after_another = [["0"], ["1"], ["2"], ["3"]]
+    # two microbatches on each rank, forward; and again in evaluation
+    assert run_on_ranks(2, gathered_at_once) == [4 * one_after_another] * 2
+
+
+class Watching(Sharder):
+    """Writes down how much is in memory each time."""
+
+    def __init__(self, stage: GPTStage) -> None:
+        super().__init__(ParallelState.alone(), torch.device("cpu"))
+        self.seen: list[list[str]] = []
+        self._stage = stage
+
+    def shard(self, units: Sequence[Unit], prefix: str = "") -> None:
+        layers = self._stage.layers.items()
+        self.seen.append([name for name, layer in layers if not next(layer.parameters()).is_meta])
+        super().shard(units, prefix)
+
+
+def test_a_layer_is_sharded_before_the_next_one_takes_memory() -> None:
+    stages = build_stages(gpt_spec(tiny_config(MOE, {}, {}), VOCAB), ParallelState.alone())
+    sharder = Watching(stages[0])
+    initialise_stages(stages, ParallelState.alone(), 1, torch.device("cpu"), sharder)
+    everything = ["0", "1", "2", "3"]
+    assert sharder.seen == [everything[:1], everything[:2], everything[:3], everything, everything]
+    # alone there is nobody to share with
+    assert sharder.parameters == []
+
+
 def low_precision(rank: int, world_size: int, parallel: dict[str, Any]) -> dict[str, Any]:
     """Twelve steps on the same batch in bf16."""
     engine = engine_of(parallel, world_size, "bf16")
@@ -111,6 +163,24 @@ def test_masters_are_wide_where_modules_compute_in_bf16() -> None:
     assert stored[0]["layers.1.mlp.router.weight"] == torch.float32
     assert stored[0]["layers.1.mlp.experts.0.w1"] == torch.bfloat16
     assert stored[0]["master/layers.1.mlp.experts.0.w1"] == torch.float32
+
+
+SOFT = {"router_type": "soft_moe", "router_options": {"slots": "3"}, "allow_noncausal": True, "aux_loss_coeff": 0.0}
+
+
+def mixed_dtypes(rank: int, world_size: int, parallel: dict[str, Any]) -> tuple[list[float], set[str]]:
+    """Two steps in bf16, and which parameters of a sparse layer are whole between them."""
+    engine = engine_of(parallel, world_size, "bf16", SOFT)
+    losses = [engine.train_step(step, batches_of(engine)).metrics.loss for step in range(2)]
+    sparse = engine.stages[0].moe_layers()[1]
+    return losses, {name for name, weight in sparse.named_parameters() if not isinstance(weight, DTensor)}
+
+
+def test_wide_parameters_beside_experts_in_one_module_stay_whole() -> None:
+    (losses, whole), _ = run_on_ranks(2, mixed_dtypes, ZERO_3)
+    assert whole == {"phi", "scale"}
+    (expected, _), _ = run_on_ranks(2, mixed_dtypes, {})
+    assert losses == pytest.approx(expected, rel=0.001)
 
 
 @pytest.fixture(scope="module")
