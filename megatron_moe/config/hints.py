@@ -86,6 +86,8 @@ MEGATRON_FLAGS = {
     "--moe-router-dtype": "routers always compute in float32 or wider; leave it out",
     "--accumulate-allreduce-grads-in-fp32": "gradients are always summed in float32 or wider; leave it out",
     "--fp16": "use --bf16",
+    "--use-torch-fsdp2": "give --data-parallel-sharding-strategy optim_grads_params",
+    "--use-megatron-fsdp": "give --data-parallel-sharding-strategy optim_grads_params",
     "--exit-signal-handler": "SIGTERM and SIGUSR1 always save and exit; leave it out",
     "--ckpt-format": "there is one format; leave it out",
     "--auto-detect-ckpt-format": "there is one format; leave it out",

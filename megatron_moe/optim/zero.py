@@ -1,6 +1,8 @@
 """AdamW on this rank's share of the weights, in wide precision: ZeRO stage 1.  [Rajbhandari, arXiv:1910.02054]
 
 gradients (reduced) → AdamW on the shard → cast to the model's dtype → all-gather into the parameters
+
+The same serves stage 3, where the last two steps are the next forward pass's (fully_sharded.py).
 """
 
 from dataclasses import dataclass

@@ -1,6 +1,7 @@
 """How the ranks of one axis talk: nobody else (Identity), a process group (Torch), or a record only (Recording).
 
-The only file that calls torch.distributed. Rows are dim 0. No method changes its argument unless its name says so.
+The only file that calls torch.distributed; FSDP does for itself, over a mesh that is made here. Rows are dim 0. No
+method changes its argument unless its name says so.
 """
 
 from abc import ABC, abstractmethod

@@ -84,6 +84,28 @@ def test_gradients_and_moments_are_split_too() -> None:
         assert sharded < 0.55 * min(whole)
 
 
+def losses_of(engine: Engine) -> list[float]:
+    """Of steps with evaluation before, between and after them."""
+    found = []
+    for step in range(2):
+        found.append(engine.evaluate(batches_of(engine))[0].loss)
+        found.append(engine.train_step(step, batches_of(engine)).metrics.loss)
+    return [*found, engine.evaluate(batches_of(engine))[0].loss]
+
+
+def evaluated(rank: int, world_size: int, parallel: Mapping[str, Any]) -> list[float]:
+    return losses_of(engine_of(parallel, world_size))
+
+
+@pytest.mark.parametrize("chunk", [None, 3], ids=["all logits at once", "logits outside of the forward pass"])
+def test_evaluation_and_steps_see_each_others_weights(chunk: int | None) -> None:
+    parallel = {**ZERO_3, "cross_entropy_chunk_size": chunk}
+    whole = Engine(tiny_config(MOE, {}, {}), ParallelState.alone(), torch.device("cpu"), VOCAB)
+    expected = losses_of(whole)
+    for found in run_on_ranks(2, evaluated, parallel):
+        assert found == pytest.approx(expected, rel=1e-9)
+
+
 def gathered_at_once(rank: int, world_size: int) -> list[list[str]]:
     """Which layers are whole whenever the attention of one begins, in training and in evaluation."""
     engine = engine_of(ZERO_3, world_size)
