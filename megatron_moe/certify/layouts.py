@@ -10,6 +10,7 @@ ROUNDS = "num_virtual_stages_per_pipeline_rank"
 COMM = "cp_comm_type"
 EP, ETP = "expert_model_parallel_size", "expert_tensor_parallel_size"
 NODE = "expert_model_parallel_ranks_per_node"
+ZERO_3 = {"data_parallel_sharding_strategy": "optim_grads_params"}
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,12 @@ LAYOUTS: dict[str, Layout] = {
     "ETP 2": Layout(2, {ETP: 2}),
     "DP 2 with ZeRO-1": Layout(2),
     "DP 2 without ZeRO-1": Layout(2, {"use_distributed_optimizer": False}, 2),
+    "DP 2 with ZeRO-3": Layout(2, ZERO_3),
+    "CP 2 with ZeRO-3, recomputation of parts": Layout(
+        2, {CP: 2, **ZERO_3, "recompute_granularity": "selective", "recompute_modules": ["core_attn", "moe_act"]}, 2
+    ),
+    "TP 2 x DP 2 with ZeRO-3": Layout(4, {TP: 2, **ZERO_3}),
+    "EP 2 x EDP 2 with ZeRO-3, recomputation": Layout(4, {EP: 2, **ZERO_3, "recompute_granularity": "full"}),
     "EP 2 folded over TP 2": Layout(2, {TP: 2, EP: 2, ETP: 1}),
     "EP 4": Layout(4, {EP: 4}),
     "EP 4 as 2 nodes of 2": Layout(4, {EP: 4, NODE: 2}),

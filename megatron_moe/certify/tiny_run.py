@@ -9,9 +9,8 @@ import torch
 from megatron_moe.certify.tiny_model import GLOBAL_BATCH, STEPS, VOCAB, pairs, samples
 from megatron_moe.config.run import RunConfig
 from megatron_moe.data.sampler import Sampler
-from megatron_moe.parallel.blocks import Block, flat_range_blocks, module_blocks
+from megatron_moe.parallel.blocks import Block
 from megatron_moe.parallel.grid import Grid
-from megatron_moe.parallel.layout import logical_pieces
 from megatron_moe.parallel.state import ParallelState
 from megatron_moe.training.engine import Engine, grid_of
 
@@ -50,18 +49,12 @@ def _pieces(blocks: Sequence[Block]) -> Pieces:
 
 def _gradient_blocks(engine: Engine) -> list[Block]:
     """What this rank owns of the reduced gradients."""
-    found: list[Block] = []
-    for bucket in engine.buckets.buckets:
-        for segment in bucket.segments:
-            flat, begin = segment.of(bucket.own_gradients), 0
-            for piece in logical_pieces(segment.name, segment.layout, engine.state):
-                end = begin + int(np.prod(piece.shape))
-                first, last = max(begin, segment.start), min(end, segment.start + flat.numel())
-                if first < last:
-                    part = flat[first - segment.start : last - segment.start]
-                    found += flat_range_blocks(piece, "", part, first - begin, True)
-                begin = end
-    return found
+    return [
+        block
+        for bucket in engine.buckets.buckets
+        for segment in bucket.segments
+        for block in segment.blocks("", segment.of(bucket.own_gradients), True, engine.state)
+    ]
 
 
 def train_tiny(config: RunConfig, state: ParallelState) -> RankOutcome:
@@ -92,7 +85,7 @@ def train_tiny(config: RunConfig, state: ParallelState) -> RankOutcome:
         aux_losses=[dict(result.metrics.aux_losses) for result in results],
         norms=[result.grad_norm for result in results],
         gradients=gradients,
-        weights=_pieces(module_blocks(engine.modules, state)),
+        weights=_pieces(engine.weight_blocks()),
     )
 
 

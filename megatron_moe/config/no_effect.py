@@ -143,8 +143,8 @@ RULES = (
     ),
     Rule(
         ("parallel.overlap_param_gather",),
-        lambda run: not run.parallel.use_distributed_optimizer,
-        "without --use-distributed-optimizer, for every rank updates all weights itself; leave it out",
+        lambda run: not run.parallel.shards_optimizer,
+        "when no optimizer is sharded, for every rank updates all weights itself; leave it out",
     ),
     Rule(
         tuple(f"parallel.{name}" for name in ACCOUNTED),
@@ -171,6 +171,11 @@ RULES = (
         ("data.reset_position_ids", "data.reset_attention_mask", "data.eod_mask_loss"),
         lambda run: run.data.objective == "span_corruption",
         "with span corruption, which knows no documents; leave it out",
+    ),
+    Rule(
+        ("parallel.ddp_bucket_size", "parallel.overlap_grad_reduce", "parallel.overlap_param_gather"),
+        lambda run: run.parallel.shards_parameters,
+        "with --data-parallel-sharding-strategy optim_grads_params, which reduces layer by layer; leave it out",
     ),
     Rule(
         WSD,

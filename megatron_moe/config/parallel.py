@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.options import check_values, option
 
 RECOMPUTE_MODULES = ("core_attn", "layernorm", "mlp", "moe", "moe_act")
@@ -91,6 +92,7 @@ class ParallelConfig:
         "the rank would be idle, 1f1b_overlap = one micro-batch computes while another's tokens travel; none = "
         "interleaved where ranks have several stages, else 1f1b",
         choices=("sequential", "1f1b", "1f1b_split", "interleaved", "zb_h1", "1f1b_overlap"),
+        shortcuts={"--overlap-moe-expert-parallel-comm": "1f1b_overlap"},
     )
     recompute_granularity: str | None = option(
         None,
@@ -118,7 +120,15 @@ class ParallelConfig:
         "the backward pass; none = all, kept",
         at_least=1,
     )
-    use_distributed_optimizer: bool = option(True, "split the optimizer state over the data-parallel ranks (ZeRO-1)")
+    data_parallel_sharding_strategy: str | None = option(
+        None,
+        "what data-parallel ranks split among them: no_shard = nothing; optim = the optimizer's state (ZeRO-1); "
+        "optim_grads_params = gradients and weights too (ZeRO-3); none = optim",
+        choices=("no_shard", "optim", "optim_grads_params"),
+    )
+    use_distributed_optimizer: bool | None = option(
+        None, "on = --data-parallel-sharding-strategy optim, or more; off = no_shard; none = as that one says"
+    )
     ddp_bucket_size: int = option(40_000_000, "gradients are reduced in buckets of about so many elements", at_least=1)
     overlap_grad_reduce: bool = option(
         True, "sum a bucket's gradients over the data-parallel ranks while the backward pass goes on"
@@ -133,6 +143,25 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         check_values(self)
+        split = self.use_distributed_optimizer
+        if split is not None and split != self.shards_optimizer:
+            flag = "--use-distributed-optimizer" if split else "--no-use-distributed-optimizer"
+            raise ConfigError(
+                f"{flag} contradicts --data-parallel-sharding-strategy {self.data_parallel_sharding_strategy}; "
+                f"leave it out."
+            )
+
+    @property
+    def shards_optimizer(self) -> bool:
+        """Whether data-parallel ranks split the optimizer's state."""
+        if self.data_parallel_sharding_strategy is None:
+            return self.use_distributed_optimizer is not False
+        return self.data_parallel_sharding_strategy != "no_shard"
+
+    @property
+    def shards_parameters(self) -> bool:
+        """Whether they split the weights and gradients too."""
+        return self.data_parallel_sharding_strategy == "optim_grads_params"
 
     @property
     def modules_to_recompute(self) -> frozenset[str]:
@@ -149,7 +178,7 @@ class ParallelConfig:
     @property
     def gathers_beside_computing(self) -> bool:
         """Whether a step may return before all weights have been gathered."""
-        return self.overlap_param_gather and self.use_distributed_optimizer
+        return self.overlap_param_gather and self.shards_optimizer
 
     @property
     def uses_sequence_parallel(self) -> bool:

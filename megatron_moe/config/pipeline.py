@@ -70,6 +70,11 @@ def _schedule(run: Sections) -> None:
             f"--pipeline-schedule interleaved plays several stages on each rank, but the options make one; give "
             f"{ROUNDS} 2 or more, or use 1f1b."
         )
+    if name == "1f1b_overlap" and parallel.expert_model_parallel_size == 1:
+        raise ConfigError(
+            "--pipeline-schedule 1f1b_overlap hides what travels between the ranks of experts, but "
+            "--expert-model-parallel-size 1 lets nothing travel; use 1f1b, or a larger expert size."
+        )
     group, ranks = parallel.microbatch_group_size_per_virtual_pipeline_stage, parallel.pipeline_model_parallel_size
     if group is not None and group < ranks:
         raise ConfigError(

@@ -12,6 +12,7 @@ from megatron_moe.config.parallel import RECOMPUTE_MODULES
 from megatron_moe.config.pipeline import check_pipeline
 from megatron_moe.config.sections import Sections
 from megatron_moe.config.span_lengths import fits, raw_length
+from megatron_moe.config.stages import num_rounds
 
 
 def check_relations(run: Sections) -> None:
@@ -92,6 +93,26 @@ def _context(run: Sections) -> None:
         f"--context-parallel-size {cp} by --cp-comm-type a2a; use a context size of {words(divisors(heads))}, or "
         f"--cp-comm-type p2p or all_gather, which leave the heads where they are."
     )
+
+
+def _sharding(run: Sections) -> None:
+    parallel = run.parallel
+    if not parallel.shards_parameters:
+        return
+    flag = "--data-parallel-sharding-strategy optim_grads_params"
+    if parallel.pipeline_model_parallel_size > 1:
+        raise ConfigError(
+            f"{flag} cannot be combined with --pipeline-model-parallel-size "
+            f"{parallel.pipeline_model_parallel_size}: a stage would gather its weights again for every micro-batch in "
+            f"flight; use optim, or one stage."
+        )
+    if num_rounds(run.model, parallel) > 1:
+        raise ConfigError(f"{flag} shards one stage as a whole, and a rank has several; use optim, or one stage.")
+    if parallel.pipeline_schedule in ("1f1b_split", "zb_h1", "1f1b_overlap"):
+        raise ConfigError(
+            f"{flag} reduces weight gradients within the backward pass, which --pipeline-schedule "
+            f"{parallel.pipeline_schedule} puts off; leave the schedule out."
+        )
 
 
 def _objective(run: Sections) -> None:
@@ -276,6 +297,7 @@ CHECKS = (
     _tensor,
     _context,
     check_pipeline,
+    _sharding,
     _objective,
     _sequence,
     _experts,

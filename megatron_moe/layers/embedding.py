@@ -33,9 +33,10 @@ class _LookUp(Function):
             total.index_add_(0, flat, rows.to(total.dtype))
 
         if ctx.sink is None:
-            total = torch.zeros_like(weight)
+            # a token that comes often is a long sum
+            total = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
             accumulate(total)
-            return total, None, None, None
+            return total.to(weight.dtype), None, None, None
         ctx.sink.add(weight, accumulate)
         return None, None, None, None
 

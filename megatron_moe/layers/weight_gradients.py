@@ -93,7 +93,10 @@ def enter_layer(hidden: Tensor, layer: int, sink: WeightGradients | None) -> Ten
 
 
 def collect_small_gradients(module: nn.Module) -> None:
-    """Move what autograd leaves in `.grad` (norms, routers, anything that took no sink) into `main_grad`, widened."""
+    """Move what autograd leaves in `.grad` (norms, routers, anything that took no sink) into `main_grad`, widened.
+
+    Parameters without one have their gradients reduced by somebody else.
+    """
 
     def move(parameter: Tensor) -> None:
         if parameter.grad is not None:
@@ -101,4 +104,5 @@ def collect_small_gradients(module: nn.Module) -> None:
             parameter.grad = None
 
     for parameter in module.parameters():
-        parameter.register_post_accumulate_grad_hook(move)
+        if hasattr(parameter, "main_grad"):
+            parameter.register_post_accumulate_grad_hook(move)

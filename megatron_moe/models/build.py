@@ -13,6 +13,9 @@ from megatron_moe.layers.attention import AttentionShape
 from megatron_moe.layers.recompute import Recomputation
 from megatron_moe.models.gpt import GPTSpec, GPTStage
 from megatron_moe.models.transformer import LayerSpec
+from megatron_moe.moe.routers.router import Router
+from megatron_moe.moe.sparse_layer import SparseLayer
+from megatron_moe.optim.fully_sharded import Sharder, Unit
 from megatron_moe.parallel.layout import materialise
 from megatron_moe.parallel.state import ParallelState
 from megatron_moe.pipeline.partition import parts_of, stage_layers
@@ -134,11 +137,34 @@ def build_stages(spec: GPTSpec, state: ParallelState, parts: Sequence[range] | N
     return [GPTStage(spec, parts, number, state) for number in range(state.pp.rank, len(parts), state.pp.size)]
 
 
-def initialise_stages(stages: list[GPTStage], state: ParallelState, seed: int, device: torch.device) -> None:
-    """Give the stages memory and their first weights, which depend on names and global indices only."""
+def initialise_stages(
+    stages: list[GPTStage], state: ParallelState, seed: int, device: torch.device, sharder: Sharder | None = None
+) -> None:
+    """Give the stages memory and their first weights, which depend on names and global indices only.
+
+    sharder: takes each layer when it has its weights, before the next one needs memory; for one stage.
+    """
     for stage in stages:
+        for name, layer in stage.layers.items():
+            prefix = f"layers.{name}."
+            materialise(layer, state, seed, device, prefix=prefix)
+            if sharder is not None:
+                sharder.shard(layer_units(layer, stage.spec.dtype), prefix)
         materialise(stage, state, seed, device)
+        if sharder is not None:
+            sharder.shard([Unit(stage, "dp_cp", stage.spec.dtype, lasting=True)])
     _share(stages)
+
+
+def layer_units(layer: nn.Module, dtype: torch.dtype) -> list[Unit]:
+    """What is gathered together of a layer: its dense part, then experts, then routers where they are wider."""
+    units = [Unit(layer, "dp_cp", dtype)]
+    for module in layer.modules():
+        if isinstance(module, SparseLayer):
+            units.append(Unit(module, "edp", dtype))
+        elif isinstance(module, Router):
+            units.append(Unit(module, "dp_cp", module.dtype))
+    return units
 
 
 def _share(stages: list[GPTStage]) -> None:

@@ -1,7 +1,7 @@
 """The interface of everything that may stand in a sparse layer's place, with or without a router."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -9,9 +9,8 @@ from megatron_moe.layers.context import ForwardContext
 from megatron_moe.moe.plan import RoutingReport
 
 
-@dataclass(frozen=True)
-class Routed:
-    """What a sparse layer returns."""
+class Routed(NamedTuple):
+    """What a sparse layer returns; a tuple, into which hooks on modules look for tensors."""
 
     hidden: Tensor
     report: RoutingReport

@@ -5,13 +5,13 @@ import math
 import torch
 from torch import Tensor
 
-from megatron_moe.optim.gradients import GradientBuckets
+from megatron_moe.optim.owned import Gradients
 
 # elements summed in the gradient's own precision before float64 takes over: one float32 sum over 40 M is 0.6 % off
 _ROW = 1024
 
 
-def global_norm(buckets: GradientBuckets) -> float:
+def global_norm(buckets: Gradients) -> float:
     """The 2-norm of the reduced gradients of all ranks, the same number on each. Collective over the world.
 
     Infinite or NaN if any gradient is. Waits for the device.
@@ -37,7 +37,7 @@ def _squared_sum(values: Tensor) -> Tensor:
     return squared
 
 
-def clip_(buckets: GradientBuckets, max_norm: float) -> float:
+def clip_(buckets: Gradients, max_norm: float) -> float:
     """Scale the reduced gradients in place by min(1, max_norm / (norm + 1e-6)); returns the norm before.
 
     max_norm 0 clips nothing. A norm that is not finite scales nothing: the caller must not make the update.

@@ -13,12 +13,14 @@ import re
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor, nn
 
 from megatron_moe.parallel.arrival import Arrival
-from megatron_moe.parallel.layout import ParamLayout, layout_of
+from megatron_moe.parallel.blocks import Block, flat_range_blocks
+from megatron_moe.parallel.layout import ParamLayout, layout_of, logical_pieces
 from megatron_moe.parallel.state import ParallelState
 
 NamedParameter = tuple[str, nn.Parameter]
@@ -38,7 +40,8 @@ def layer_of(name: str) -> int | None:
     return None if found is None else int(found[1])
 
 
-def _aligned(elements: int) -> int:
+def aligned(elements: int) -> int:
+    """That many elements, and the gap behind them."""
     return -(-elements // ALIGNMENT) * ALIGNMENT
 
 
@@ -54,6 +57,19 @@ class Segment:
     def of(self, shard: Tensor) -> Tensor:
         """The view of a tensor as long as the shard that belongs to this segment."""
         return shard[self.place]
+
+    def blocks(self, prefix: str, flat: Tensor, primary: bool, state: ParallelState) -> list[Block]:
+        """Cut what `of` returns into rectangles; in a stack of experts, each expert's part for itself."""
+        found: list[Block] = []
+        begin, stop = 0, self.start + flat.numel()
+        for piece in logical_pieces(self.name, self.layout, state):
+            end = begin + prod(piece.shape)
+            first, last = max(begin, self.start), min(end, stop)
+            if first < last:
+                part = flat[first - self.start : last - self.start]
+                found += flat_range_blocks(piece, prefix, part, first - begin, primary)
+            begin = end
+        return found
 
 
 class Bucket:
@@ -80,7 +96,7 @@ class Bucket:
         self.is_local = not shared and all(set(axis.ranks) <= set(state.stage.ranks) for axis in self.sum_axes)
         starts, length = _places(members)
         parts, mine = (self.axis.size, self.axis.rank) if sharded else (1, 0)
-        self.shard_elements = _aligned(-(-length // parts))
+        self.shard_elements = aligned(-(-length // parts))
         self._own = slice(mine * self.shard_elements, (mine + 1) * self.shard_elements)
         self.weights = torch.zeros(parts * self.shard_elements, dtype=first.dtype, device=first.device)
         self.gradients = torch.zeros_like(self.weights, dtype=wide_dtype(first.dtype))
@@ -103,6 +119,11 @@ class Bucket:
                 place = slice(start - own.start, stop - own.start)
                 found.append(Segment(name, layout_of(parameter), start - begin, place))
         return tuple(found)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The model's."""
+        return self.weights.dtype
 
     @property
     def own_weights(self) -> Tensor:
@@ -148,6 +169,12 @@ class Bucket:
         for axis in self.sum_axes:
             axis.comm.all_reduce_(self.own_gradients)
 
+    def publish(self, master: Tensor) -> None:
+        """Begin to bring this rank's updated weights, (shard_elements,) wide, into the parameters of all ranks."""
+        if master.dtype != self.dtype:
+            self.own_weights.copy_(master)
+        self.start_gather()
+
     def gather_weights(self) -> None:
         """Fill all weights, and so the parameters, from the shards of their owners."""
         self.start_gather()
@@ -172,7 +199,7 @@ def _places(members: Sequence[NamedParameter]) -> tuple[list[int], int]:
     starts, end = [], 0
     for _, parameter in members:
         starts.append(end)
-        end = _aligned(end + parameter.numel())
+        end = aligned(end + parameter.numel())
     return starts, end
 
 
@@ -185,7 +212,7 @@ def _group(members: Sequence[NamedParameter], bucket_elements: int, shared: set[
         in_layer = layer_of(name) is not None
         kind = (layout.reduce_over, layout.sum_over, parameter.dtype, id(parameter) in shared, in_layer)
         groups = alike.setdefault(kind, [[]])
-        filled = sum(_aligned(member.numel()) for _, member in groups[-1])
+        filled = sum(aligned(member.numel()) for _, member in groups[-1])
         if filled and filled + parameter.numel() > bucket_elements:
             groups.append([])
         groups[-1].append((name, parameter))

@@ -1,20 +1,20 @@
 """AdamW on this rank's share of the weights, in wide precision: ZeRO stage 1.  [Rajbhandari, arXiv:1910.02054]
 
 gradients (reduced) → AdamW on the shard → cast to the model's dtype → all-gather into the parameters
+
+The same serves stage 3, where the last two steps are the next forward pass's (fully_sharded.py).
 """
 
 from dataclasses import dataclass
-from math import prod
 
 import torch
 from torch import Tensor
 
 from megatron_moe.config.optimizer import OptimizerConfig
 from megatron_moe.optim.adamw import AdamWSegment, adamw_
-from megatron_moe.optim.gradients import Bucket, GradientBuckets, Segment, wide_dtype
-from megatron_moe.parallel.blocks import Block, flat_range_blocks
-from megatron_moe.parallel.layout import logical_pieces
-from megatron_moe.parallel.state import ParallelState
+from megatron_moe.optim.gradients import wide_dtype
+from megatron_moe.optim.owned import Gradients, OwnBucket, Part
+from megatron_moe.parallel.blocks import Block
 
 
 @dataclass(frozen=True)
@@ -24,32 +24,26 @@ class Shard:
     master: the weights; when the model is wide already, they are the parameters' own storage.
     """
 
-    bucket: Bucket
+    bucket: OwnBucket
     master: Tensor
     exp_avg: Tensor
     exp_avg_sq: Tensor
 
     @classmethod
-    def of(cls, bucket: Bucket) -> "Shard":
+    def of(cls, bucket: OwnBucket) -> "Shard":
         """Moments at zero, masters equal to the weights."""
-        master = bucket.own_weights.to(wide_dtype(bucket.weights.dtype))
+        master = bucket.own_weights.to(wide_dtype(bucket.dtype))
         return cls(bucket, master, torch.zeros_like(master), torch.zeros_like(master))
 
     @property
     def has_master(self) -> bool:
         """Whether the masters are more than the parameters themselves."""
-        return self.master.dtype != self.bucket.weights.dtype
+        return self.master.dtype != self.bucket.dtype
 
-    def cut(self, segment: Segment) -> AdamWSegment:
+    def cut(self, segment: Part) -> AdamWSegment:
         """One parameter's part of everything."""
         gradients = segment.of(self.bucket.own_gradients)
         return AdamWSegment(segment.of(self.master), gradients, segment.of(self.exp_avg), segment.of(self.exp_avg_sq))
-
-    def publish(self) -> None:
-        """Begin to bring the updated weights into every replica's parameters."""
-        if self.has_master:
-            self.bucket.own_weights.copy_(self.master)
-        self.bucket.start_gather()
 
 
 class ShardedAdamW:
@@ -59,7 +53,7 @@ class ShardedAdamW:
     Collective: all ranks step together.
     """
 
-    def __init__(self, buckets: GradientBuckets, config: OptimizerConfig, *, overlap: bool = False) -> None:
+    def __init__(self, buckets: Gradients, config: OptimizerConfig, *, overlap: bool = False) -> None:
         self.step_count = 0  # updates made
         self._buckets = buckets
         self._overlap = overlap
@@ -74,7 +68,7 @@ class ShardedAdamW:
         self._update(lr, self._config.weight_decay, decayed=True)
         self._update(lr, 0.0, decayed=False)
         for shard in self._shards:
-            shard.publish()
+            shard.bucket.publish(shard.master)
         if not self._overlap:
             self._buckets.settle()
 
@@ -106,7 +100,7 @@ class ShardedAdamW:
             for segment in shard.bucket.segments:
                 primary = shard.bucket.speaks_for(segment.layout)
                 for prefix, flat in kinds.items():
-                    found += _segment_blocks(segment, prefix, segment.of(flat), primary, self._state)
+                    found += segment.blocks(prefix, segment.of(flat), primary, self._state)
         return found
 
     def state_dict(self) -> dict[str, int]:
@@ -116,17 +110,3 @@ class ShardedAdamW:
     def load_state_dict(self, values: dict[str, int]) -> None:
         """The inverse of `state_dict`; the tensors are filled through `blocks`."""
         self.step_count = values["step_count"]
-
-
-def _segment_blocks(segment: Segment, prefix: str, flat: Tensor, primary: bool, state: ParallelState) -> list[Block]:
-    """Cut a flat range of a parameter into rectangles; in a stack of experts, each expert's part for itself."""
-    found: list[Block] = []
-    begin, stop = 0, segment.start + flat.numel()
-    for piece in logical_pieces(segment.name, segment.layout, state):
-        end = begin + prod(piece.shape)
-        first, last = max(begin, segment.start), min(end, stop)
-        if first < last:
-            part = flat[first - segment.start : last - segment.start]
-            found += flat_range_blocks(piece, prefix, part, first - begin, primary)
-        begin = end
-    return found

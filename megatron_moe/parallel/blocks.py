@@ -1,6 +1,6 @@
 """Rectangles of logical tensors: what checkpoints store, what optimizers hand over, what loading fills."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from dataclasses import dataclass
 from math import prod
 
@@ -29,13 +29,16 @@ class Block:
         return tuple(self.tensor.shape)
 
 
-def module_blocks(modules: Iterable[nn.Module], state: ParallelState) -> list[Block]:
-    """All parameters and remembered states of this rank's stages as blocks under their logical names."""
+def module_blocks(modules: Iterable[nn.Module], state: ParallelState, but: Set[str] = frozenset()) -> list[Block]:
+    """All parameters and remembered states of this rank's stages as blocks under their logical names.
+
+    but: names of parameters that are left out, for the modules do not hold them whole.
+    """
     found: list[Block] = []
     known: set[int] = set()
     for module in modules:
         for name, parameter in module.named_parameters():
-            if id(parameter) in known:  # two stages of one rank share it
+            if name in but or id(parameter) in known:  # two stages of one rank share it
                 continue
             known.add(id(parameter))
             layout = layout_of(parameter)

@@ -1,6 +1,7 @@
 """How the ranks of one axis talk: nobody else (Identity), a process group (Torch), or a record only (Recording).
 
-The only file that calls torch.distributed. Rows are dim 0. No method changes its argument unless its name says so.
+The only file that calls torch.distributed; FSDP does for itself, over a mesh that is made here. Rows are dim 0. No
+method changes its argument unless its name says so.
 What begins with `start_` returns at once; computing goes on until somebody waits for the tensor.
 """
 
@@ -12,6 +13,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from megatron_moe.parallel.arrival import Arrival, Flying, Landed, as_it_is
 
@@ -231,6 +233,10 @@ class Torch(Communicator):
 
     def barrier(self) -> None:
         dist.barrier(group=self._group)
+
+    def mesh(self, device: torch.device) -> DeviceMesh:
+        """The same ranks as a mesh of one dimension, for libraries that ask for one; no new process group."""
+        return DeviceMesh.from_group(self._group, device.type)
 
 
 def _without_padding(gathered: Tensor, rows: Sequence[int], most: int) -> Tensor:

@@ -152,13 +152,20 @@ def _draw(random: KeyedRandom, keys: Tensor, cut: float | None) -> Tensor:
     return drawn
 
 
-def materialise(module: nn.Module, state: ParallelState, seed: int, device: torch.device) -> None:
-    """Give every meta parameter of a module memory on `device` and its first value."""
+def materialise(
+    module: nn.Module, state: ParallelState, seed: int, device: torch.device, *, prefix: str = ""
+) -> None:
+    """Give every meta parameter of a module memory on `device` and its first value.
+
+    prefix: what stands before the module's own names in the stage's.
+    """
     for name, parameter in list(module.named_parameters()):
+        if not parameter.is_meta:
+            continue
         owner, leaf = _owner(module, name)
         real = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype, device=device))
         real.placement = layout_of(parameter)  # type: ignore[attr-defined]
-        initialise(real, name, state, seed)
+        initialise(real, prefix + name, state, seed)
         owner.register_parameter(leaf, real)
     for name, buffer in list(module.named_buffers()):
         if buffer.is_meta:

@@ -1,6 +1,6 @@
 """Model, gradients, optimizer and pipeline of one rank: everything that a step of training needs, and no files."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,9 +14,12 @@ from megatron_moe.models.build import build_stages, embedding_places, gpt_spec, 
 from megatron_moe.models.gpt import GPTStage
 from megatron_moe.moe.sparse_layer import SparseLayer
 from megatron_moe.optim.clip import clip_
+from megatron_moe.optim.fully_sharded import FullyShardedParameters, Sharder
 from megatron_moe.optim.gradients import GradientBuckets
 from megatron_moe.optim.lr_schedule import learning_rate
+from megatron_moe.optim.owned import Gradients
 from megatron_moe.optim.zero import ShardedAdamW
+from megatron_moe.parallel.blocks import Block, module_blocks
 from megatron_moe.parallel.grid import Grid
 from megatron_moe.parallel.random import KeyedRandom
 from megatron_moe.parallel.state import ParallelState
@@ -68,19 +71,11 @@ class Engine:
         self.device = device
         self.spec = gpt_spec(config, vocab_size)
         self._stages = build_stages(self.spec, state, stage_parts(config))
-        initialise_stages(self._stages, state, config.training.seed, device)
+        self._sharded = self._shard() if config.parallel.shards_parameters else None
+        self.buckets: Gradients = self._sharded or self._whole()
         for stage in self._stages:
             collect_small_gradients(stage)
-        self.buckets = GradientBuckets(
-            [list(stage.named_parameters()) for stage in self._stages],
-            state,
-            bucket_elements=config.parallel.ddp_bucket_size,
-            sharded=config.parallel.use_distributed_optimizer,
-            overlap=config.parallel.overlap_grad_reduce,
-        )
-        self.optimizer = ShardedAdamW(
-            self.buckets, config.optimizer, overlap=config.parallel.gathers_beside_computing
-        )
+        self.optimizer = ShardedAdamW(self.buckets, config.optimizer, overlap=config.parallel.gathers_beside_computing)
         self._random = KeyedRandom(config.training.seed)
         self.objective = Objective.of(config.moe)
         num_sparse = sum(layer.moe is not None for layer in self.spec.layers)
@@ -93,6 +88,30 @@ class Engine:
             Transfer(state, device),
             complete=lambda stage: self.buckets.reduce(stage // state.pp.size),
             turns=turns,
+        )
+
+    def _whole(self) -> GradientBuckets:
+        """First weights, whole on every rank, and their gradients."""
+        initialise_stages(self._stages, self.state, self.config.training.seed, self.device)
+        return GradientBuckets(
+            [list(stage.named_parameters()) for stage in self._stages],
+            self.state,
+            bucket_elements=self.config.parallel.ddp_bucket_size,
+            sharded=self.config.parallel.shards_optimizer,
+            overlap=self.config.parallel.overlap_grad_reduce,
+        )
+
+    def _shard(self) -> FullyShardedParameters:
+        """First weights, this rank's part of them, and its gradients."""
+        sharder = Sharder(self.state, self.device)
+        initialise_stages(self._stages, self.state, self.config.training.seed, self.device, sharder)
+        (stage,) = self._stages
+        return FullyShardedParameters(
+            stage,
+            sharder.parameters,
+            self.state,
+            self.device,
+            bucket_elements=self.config.parallel.ddp_bucket_size,
         )
 
     @property
@@ -135,11 +154,27 @@ class Engine:
         program, counts = self._program(batches, self._random, Objective(), train=False)
         schedule = forward_only(self._pipeline(len(batches)))
         self._executor.evaluate(schedule[self.state.pp.rank], program)
+        if self._sharded is not None:
+            self._sharded.rest()
         return self._validation_metrics.reduce(program.findings, counts.result), counts.result.loss_tokens
 
     def _pipeline(self, microbatches: int) -> Pipeline:
         group = self.config.parallel.microbatch_group_size_per_virtual_pipeline_stage
         return Pipeline(self.state.pp.size, microbatches, len(self._stages), group)
+
+    def weight_blocks(self) -> list[Block]:
+        """What a checkpoint keeps of the model; to read."""
+        if self._sharded is not None:
+            return self._sharded.weight_blocks()
+        return module_blocks(self.stages, self.state)
+
+    def fill_weights(self, fill: Callable[[list[Block]], None]) -> None:
+        """Let `fill` write the model's weights and remembered states; the optimizer goes on from them."""
+        if self._sharded is not None:
+            self._sharded.fill_weights(fill)
+        else:
+            fill(module_blocks(self.stages, self.state))
+        self.optimizer.reset_masters()
 
     def _program(
         self, batches: Sequence[Batch], random: KeyedRandom, objective: Objective, *, train: bool
@@ -161,6 +196,8 @@ class Engine:
             chunk=self.config.parallel.cross_entropy_chunk_size,
             await_weights=self.buckets.await_weights,
             layer_done=lambda stage, layer: self.buckets.layer_done(stage // self.state.pp.size, layer),
+            # what is sharded is reduced as autograd delivers it
+            uses_sinks=self._sharded is None,
         )
         return program, counts
 

@@ -140,10 +140,13 @@ class StepProgram:
         chunk: int | None = None,
         await_weights: Callable[[int | None], None] | None = None,
         layer_done: Callable[[int, int], None] | None = None,
+        uses_sinks: bool = True,
     ) -> None:
         """random: at (seed, step).   aux_share: what each layer's auxiliary losses are multiplied by.   chunk: tokens
-        whose logits are in memory at once; None: all.   await_weights: as in ForwardContext.   layer_done: told stage
-        and layer in a stage's last backward pass."""
+        whose logits are in memory at once; None: all.   uses_sinks: products hand their weight gradients over instead
+        of returning them to autograd.   await_weights: as in ForwardContext.   layer_done: told stage and layer in a
+        stage's last backward pass, by sinks."""
+        self._uses_sinks = uses_sinks and train
         self._chunk = chunk
         self._await_weights = await_weights
         self._layer_done = layer_done
@@ -187,7 +190,7 @@ class StepProgram:
     ) -> Played:
         done = partial(self._layer_done, stage) if last and self._layer_done is not None else None
         sink = Deferred(done) if split else Immediate(done)
-        ctx = self._context(microbatch, sink if self._train else None)
+        ctx = self._context(microbatch, sink if self._uses_sinks else None)
         output = self._stages[stage](inputs, ctx)
         losses = self._losses(self._stages[stage], microbatch, output, ctx)
         outputs = {} if self._stages[stage].last else output.tensors

@@ -20,7 +20,6 @@ from megatron_moe.data.gpt_dataset import Dataset
 from megatron_moe.data.loader import Loader
 from megatron_moe.data.sampler import Sampler
 from megatron_moe.data.tokenizer import build_tokenizer
-from megatron_moe.parallel.blocks import module_blocks
 from megatron_moe.parallel.state import ParallelState
 from megatron_moe.training.console import StepRecord, log_line
 from megatron_moe.training.engine import Engine, StepResult
@@ -231,7 +230,7 @@ class Trainer:
         if last or (interval is not None and self.step % interval == 0):
             self.writer.save(
                 self.step,
-                {"model": module_blocks(self.engine.modules, self.state), "optim": self.engine.optimizer.blocks()},
+                {"model": self.engine.weight_blocks(), "optim": self.engine.optimizer.blocks()},
                 self._state(),
                 self.config.to_json(),
                 self._fingerprints,
@@ -262,8 +261,7 @@ class Trainer:
             with together(self.state.world, self.device):
                 check_same_run(reader, self.config)
                 check_same_data(reader, self._fingerprints)
-        reader.fill(module_blocks(self.engine.modules, self.state), "model", cast=wanted.finetune)
-        self.engine.optimizer.reset_masters()
+        self.engine.fill_weights(lambda blocks: reader.fill(blocks, "model", cast=wanted.finetune))
         if wanted.finetune:
             logger.info("weights of step %d read from %s; starting at step 0", reader.step, wanted.load_directory)
             return

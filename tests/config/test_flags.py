@@ -12,20 +12,20 @@ from megatron_moe.config.sections import all_settings, section_types
 # What Megatron's users type, section 2 of its compatibility notes, where this project has the feature.
 MEGATRON_SPELLINGS = """
 --tensor-model-parallel-size --pipeline-model-parallel-size --context-parallel-size --expert-model-parallel-size
---expert-tensor-parallel-size --sequence-parallel --use-distributed-optimizer --ddp-bucket-size --distributed-backend
---distributed-timeout-minutes --num-experts --moe-layer-freq --moe-ffn-hidden-size --moe-router-topk
---moe-aux-loss-coeff --moe-z-loss-coeff --moe-router-pre-softmax --moe-token-dispatcher-type
---moe-expert-capacity-factor --moe-token-drop-policy --moe-shared-expert-intermediate-size --moe-shared-expert-gate
---num-layers --hidden-size --ffn-hidden-size --num-attention-heads --num-query-groups --kv-channels
---max-position-embeddings --position-embedding-type --rotary-base --rotary-percent --make-vocab-size-divisible-by
---normalization --norm-epsilon --swiglu --qk-layernorm --untie-embeddings-and-output-weights --init-method-std
---data-path --split --seq-length --num-workers --reset-position-ids --reset-attention-mask --eod-mask-loss
---tokenizer-type --tokenizer-model --vocab-file --merge-file --vocab-size --micro-batch-size --global-batch-size
---train-iters --train-samples --lr --min-lr --lr-decay-style --lr-decay-iters --lr-warmup-iters --lr-wsd-decay-iters
---lr-wsd-decay-style --weight-decay --clip-grad --optimizer --adam-beta1 --adam-beta2 --adam-eps --bf16 --seed
---exit-interval --exit-duration-in-mins --eval-iters --eval-interval --no-check-for-nan-in-loss-and-grad --save --load
---save-interval --no-load-optim --finetune --ckpt-step --async-save --exit-on-missing-checkpoint --log-interval
---tensorboard-dir
+--expert-tensor-parallel-size --sequence-parallel --use-distributed-optimizer --data-parallel-sharding-strategy
+--ddp-bucket-size --distributed-backend --distributed-timeout-minutes --num-experts --moe-layer-freq
+--moe-ffn-hidden-size --moe-router-topk --moe-aux-loss-coeff --moe-z-loss-coeff --moe-router-pre-softmax
+--moe-token-dispatcher-type --moe-expert-capacity-factor --moe-token-drop-policy --moe-shared-expert-intermediate-size
+--moe-shared-expert-gate --num-layers --hidden-size --ffn-hidden-size --num-attention-heads --num-query-groups
+--kv-channels --max-position-embeddings --position-embedding-type --rotary-base --rotary-percent
+--make-vocab-size-divisible-by --normalization --norm-epsilon --swiglu --qk-layernorm
+--untie-embeddings-and-output-weights --init-method-std --data-path --split --seq-length --num-workers
+--reset-position-ids --reset-attention-mask --eod-mask-loss --tokenizer-type --tokenizer-model --vocab-file
+--merge-file --vocab-size --micro-batch-size --global-batch-size --train-iters --train-samples --lr --min-lr
+--lr-decay-style --lr-decay-iters --lr-warmup-iters --lr-wsd-decay-iters --lr-wsd-decay-style --weight-decay
+--clip-grad --optimizer --adam-beta1 --adam-beta2 --adam-eps --bf16 --seed --exit-interval --exit-duration-in-mins
+--eval-iters --eval-interval --no-check-for-nan-in-loss-and-grad --save --load --save-interval --no-load-optim
+--finetune --ckpt-step --async-save --exit-on-missing-checkpoint --log-interval --tensorboard-dir
 """.split()
 HELP = build_parser("pretrain").format_help()
 

@@ -84,7 +84,7 @@ CASES: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
     ({"moe.token_drop_policy": "position"}, "without a capacity", CAPACITY),
     (
         {"parallel.overlap_param_gather": False, "parallel.use_distributed_optimizer": False},
-        "--no-overlap-param-gather (from the recipe) has no effect without --use-distributed-optimizer",
+        "--no-overlap-param-gather (from the recipe) has no effect when no optimizer is sharded",
         {"parallel.use_distributed_optimizer": True},
     ),
     ({"moe.capacity_includes_k": False}, "--no-moe-capacity-includes-k (from the recipe) has no effect", CAPACITY),
@@ -212,6 +212,19 @@ CASES: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
         "with --lr-decay-style constant",
         {"optimizer.lr_decay_style": "linear"},
     ),
+    (
+        {"parallel.ddp_bucket_size": 1000, "parallel.data_parallel_sharding_strategy": "optim_grads_params"},
+        "with --data-parallel-sharding-strategy optim_grads_params, which reduces layer by layer",
+        {"parallel.data_parallel_sharding_strategy": "optim"},
+    ),
+    *[
+        (
+            {f"parallel.{name}": False, "parallel.data_parallel_sharding_strategy": "optim_grads_params"},
+            "with --data-parallel-sharding-strategy optim_grads_params, which reduces layer by layer",
+            {"parallel.data_parallel_sharding_strategy": "optim"},
+        )
+        for name in ("overlap_grad_reduce", "overlap_param_gather")
+    ],
     ({"training.eval_iters": 5}, "give --eval-interval.", {"training.eval_interval": 10}),
     (
         {"training.eval_interval": 5, "data.split": "1,0,0"},

@@ -67,6 +67,19 @@ CASES: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
         {"parallel.sequence_parallel": True, TP: 2},
     ),
     (
+        {"parallel.data_parallel_sharding_strategy": "optim_grads_params", PP: 2},
+        "--data-parallel-sharding-strategy optim_grads_params cannot be combined with --pipeline-model-parallel-size 2",
+        {"parallel.data_parallel_sharding_strategy": "optim", PP: 2},
+    ),
+    (
+        {
+            "parallel.data_parallel_sharding_strategy": "optim_grads_params",
+            "parallel.pipeline_schedule": "1f1b_split",
+        },
+        "within the backward pass, which --pipeline-schedule 1f1b_split puts off; leave the schedule out.",
+        {"parallel.data_parallel_sharding_strategy": "optim_grads_params"},
+    ),
+    (
         {"data.objective": "span_corruption"},
         "--objective span_corruption needs an encoder to read the corrupted text; give --encoder-num-layers.",
         SPANS,

@@ -66,6 +66,19 @@ def test_sequence_parallel_is_on_with_tensor_parallel_unless_turned_off() -> Non
     assert not ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=False).uses_sequence_parallel
 
 
+def test_what_data_parallel_ranks_split_is_said_in_two_ways() -> None:
+    def split(**given: Any) -> tuple[bool, bool]:
+        config = ParallelConfig(**given)
+        return config.shards_optimizer, config.shards_parameters
+
+    assert split() == split(use_distributed_optimizer=True) == (True, False)
+    assert split(use_distributed_optimizer=False) == (False, False)
+    ways = {"no_shard": (False, False), "optim": (True, False), "optim_grads_params": (True, True)}
+    for strategy, expected in ways.items():
+        assert split(data_parallel_sharding_strategy=strategy) == expected
+        assert split(data_parallel_sharding_strategy=strategy, use_distributed_optimizer=expected[0]) == expected
+
+
 def test_data_paths_come_with_weights_or_without() -> None:
     assert DataConfig(seq_length=1).prefixes == ()
     plain = DataConfig(seq_length=1, data_path=("a", "b"))
@@ -133,6 +146,16 @@ REFUSED: list[tuple[type, dict[str, Any], str]] = [
     (TrainingConfig, {"global_batch_size": 8, "train_samples": 7}, "less than one --global-batch-size 8"),
     (OptimizerConfig, {"lr": 0.1, "min_lr": 0.2}, "--min-lr 0.2 is above the peak, --lr 0.1"),
     (OptimizerConfig, {"lr": 0.1, "lr_decay_style": "WSD"}, "--lr-decay-style WSD needs --lr-wsd-decay-iters"),
+    (
+        ParallelConfig,
+        {"use_distributed_optimizer": True, "data_parallel_sharding_strategy": "no_shard"},
+        "--use-distributed-optimizer contradicts --data-parallel-sharding-strategy no_shard; leave it out.",
+    ),
+    (
+        ParallelConfig,
+        {"use_distributed_optimizer": False, "data_parallel_sharding_strategy": "optim_grads_params"},
+        "--no-use-distributed-optimizer contradicts --data-parallel-sharding-strategy optim_grads_params; leave",
+    ),
     (CheckpointConfig, {"save_interval": 5}, "--save-interval 5 needs a directory to save to; give --save."),
     (CheckpointConfig, {"load": "latest"}, "--load latest means the directory of --save; give --save"),
 ]

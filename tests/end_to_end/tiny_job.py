@@ -20,7 +20,6 @@ from megatron_moe.checkpoint.storage import Storage
 from megatron_moe.config.run import RunConfig
 from megatron_moe.data.batch import Batch
 from megatron_moe.data.indexed_writer import IndexedDatasetWriter
-from megatron_moe.parallel.blocks import module_blocks
 from megatron_moe.parallel.state import ParallelState
 from megatron_moe.training.engine import StepResult, grid_of
 from megatron_moe.training.trainer import Trainer
@@ -124,9 +123,9 @@ def state_hash(trainer: Trainer) -> str:
     """Weights, optimizer, buffers of routers, counters: all of this rank that the next step depends on."""
     engine = trainer.engine
     digest = hashlib.sha256()
-    for block in [*module_blocks(engine.modules, trainer.state), *engine.optimizer.blocks()]:
+    for block in [*engine.weight_blocks(), *engine.optimizer.blocks()]:
         digest.update(f"{block.name} {block.global_shape} {block.offset} {block.shape}".encode())
-        digest.update(block.tensor.detach().contiguous().numpy().tobytes())
+        digest.update(block.tensor.detach().flatten().view(torch.uint8).numpy().tobytes())
     for module in engine.modules:
         for name, buffer in module.named_buffers():
             digest.update(name.encode() + buffer.contiguous().numpy().tobytes())

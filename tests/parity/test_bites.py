@@ -8,7 +8,9 @@ import pytest
 import torch
 from parity.mistakes import Mistake, is_noticed
 from ranks import run_on_ranks
+from torch.distributed.fsdp import FSDPModule
 
+from megatron_moe.certify.layouts import ZERO_3
 from megatron_moe.certify.tiny_run import RankOutcome
 from megatron_moe.layers import all_to_all_attention, norm, parallel_linear, ring_attention
 from megatron_moe.layers.attention_core import GatheredAttention
@@ -18,6 +20,7 @@ from megatron_moe.models import build
 from megatron_moe.moe import losses
 from megatron_moe.moe.routers import router
 from megatron_moe.optim import clip
+from megatron_moe.optim.fully_sharded import ShardedParameter
 from megatron_moe.optim.gradients import Bucket, GradientBuckets
 from megatron_moe.parallel import collectives
 from megatron_moe.parallel.arrival import Landed
@@ -94,6 +97,10 @@ def _reduce_and_average(self: Bucket) -> None:
     self.gradients.div_(self.axis.size)
 
 
+def _accumulate_nowhere(self: ShardedParameter, gradients: torch.Tensor) -> None:
+    self.own_gradients = gradients
+
+
 def _local_norm(buckets: Any) -> float:
     return float(sum(float(bucket.own_gradients.square().sum()) for bucket in buckets.buckets) ** 0.5)
 
@@ -165,6 +172,10 @@ MISTAKES = {
         GradientBuckets, "await_weights", lambda self, layer: None, {}
     ),
     "gradients averaged over replicas": Mistake(Bucket, "finish_reduce", _reduce_and_average, {}),
+    "sharded gradients averaged over replicas": Mistake(
+        FSDPModule, "set_gradient_divide_factor", lambda self, factor: None, ZERO_3
+    ),
+    "sharded gradients that do not arrive": Mistake(ShardedParameter, "accumulate_in", _accumulate_nowhere, ZERO_3),
     "replicas counted twice in the norm": Mistake(Bucket, "speaks_for", lambda self, layout: True, {TP: 2}),
     "clipping by the norm of one rank": Mistake(clip, "global_norm", _local_norm, {}),
     "auxiliary losses not divided by the groups": Mistake(
