@@ -25,10 +25,9 @@ class Account:
     def all_gather(self, axis: str, own: int, times: int = 1) -> None:
         self._add(axis, "all_gather", own * (self._state.axis(axis).size - 1), times)
 
-    def reduce_scatter(self, axis: str, whole: int, times: int = 1) -> None:
-        """Of equal parts."""
-        size = self._state.axis(axis).size
-        self._add(axis, "reduce_scatter", whole - whole // size, times)
+    def reduce_scatter(self, axis: str, whole: int, own: int, times: int = 1) -> None:
+        """own: what this rank keeps of it."""
+        self._add(axis, "reduce_scatter", whole - own, times)
 
     def exchange(self, axis: str, own: int, times: int = 1) -> None:
         """Of what this rank has, an equal part for each rank."""

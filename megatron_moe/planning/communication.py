@@ -37,6 +37,7 @@ from megatron_moe.models.transformer import LayerSpec
 from megatron_moe.moe.methods import find_method
 from megatron_moe.moe.routers.st_moe import STMoERouter
 from megatron_moe.moe.routers.top_k import TopKRouter
+from megatron_moe.parallel.collectives import shares
 from megatron_moe.parallel.communicator import Tally
 from megatron_moe.parallel.grid import Grid
 from megatron_moe.parallel.layout import layout_of
@@ -72,13 +73,17 @@ class Shapes:
         """Bytes of a whole hidden state of this context-parallel rank."""
         return self.rows(stream) * self.samples * self.spec.hidden_size * self.element
 
+    def tokens(self, stream: str) -> int:
+        """That this rank of tp routes, and keeps under sequence parallelism; the first ranks may have a row more."""
+        return shares(self.rows(stream), self.state.tp.size)[self.state.tp.rank] * self.samples
+
+    def share(self, stream: str) -> int:
+        """Bytes of the hidden state of those."""
+        return self.tokens(stream) * self.spec.hidden_size * self.element
+
     def kept(self, stream: str) -> int:
         """Bytes of the part that this rank keeps between products."""
-        return self.hidden(stream) // (self.state.tp.size if self.spec.sequence_parallel else 1)
-
-    def tokens(self, stream: str) -> int:
-        """That this rank routes."""
-        return self.rows(stream) * self.samples // self.state.tp.size
+        return self.share(stream) if self.spec.sequence_parallel else self.hidden(stream)
 
 
 def step_traffic(
@@ -89,7 +94,7 @@ def step_traffic(
     lengths: tokens of a sample, by stream; None: as the data section says.   The first step also tells the other stages
     which statistics it brings, which is not counted.   Raises ConfigError for what there is no formula for.
     """
-    shapes = _shapes(config, grid, rank, vocab_size, lengths)
+    shapes = shapes_of(config, grid, rank, vocab_size, lengths)
     _check(config, shapes)
     account = Account(shapes.state)
     parts = stage_parts(config)
@@ -106,9 +111,10 @@ def step_traffic(
     return account.tallies
 
 
-def _shapes(
-    config: RunConfig, grid: Grid, rank: int, vocab_size: int, lengths: Mapping[str, int] | None
+def shapes_of(
+    config: RunConfig, grid: Grid, rank: int, vocab_size: int, lengths: Mapping[str, int] | None = None
 ) -> Shapes:
+    """Arguments as in step_traffic."""
     if lengths is None:
         lengths = {"decoder": config.data.decoder_length, "encoder": config.data.seq_length}
     state, _ = ParallelState.recorded(grid, rank)
@@ -129,12 +135,13 @@ def _check(config: RunConfig, shapes: Shapes) -> None:
     for flag, value in without.items():
         if value is not None:
             raise ConfigError(f"{flag} {value}: there is no formula of what it sends; leave it out.")
-    for length in shapes.lengths.values():
-        if length % (shapes.state.cp.size * shapes.state.tp.size):
-            raise ConfigError(
-                f"{length} tokens of a sample are not the same number on all ranks of tp and cp, which the formulas "
-                f"of what is sent want; use a multiple of {shapes.state.cp.size * shapes.state.tp.size}."
-            )
+    size = shapes.state.cp.size * shapes.state.tp.size
+    uneven = [length for length in shapes.lengths.values() if length % size]
+    if uneven and shapes.state.etp.size > 1:
+        raise ConfigError(
+            f"{uneven[0]} tokens of a sample are not the same number on all ranks, which the formula of what experts "
+            f"split over --expert-tensor-parallel-size {shapes.state.etp.size} send wants; use a multiple of {size}."
+        )
     for moe, _ in config.stacks:
         if moe.num_experts:
             _check_experts(moe)
@@ -157,7 +164,7 @@ def _enter(account: Account, shapes: Shapes, stream: str) -> None:
     hidden, times = shapes.hidden(stream), shapes.microbatches
     if shapes.spec.sequence_parallel:
         account.all_gather("tp", shapes.kept(stream), times)
-        account.reduce_scatter("tp", hidden, times)
+        account.reduce_scatter("tp", hidden, shapes.kept(stream), times)
     else:
         account.all_reduce("tp", hidden, times)  # of the gradient
 
@@ -166,7 +173,7 @@ def _leave(account: Account, shapes: Shapes, stream: str) -> None:
     """Out of products split by rows."""
     hidden, times = shapes.hidden(stream), shapes.microbatches
     if shapes.spec.sequence_parallel:
-        account.reduce_scatter("tp", hidden, times)
+        account.reduce_scatter("tp", hidden, shapes.kept(stream), times)
         account.all_gather("tp", shapes.kept(stream), times)
     else:
         account.all_reduce("tp", hidden, times)
@@ -197,7 +204,7 @@ def _attention(account: Account, shapes: Shapes, layer: LayerSpec, keys: str, as
     heads = shape.num_groups // shapes.state.tp.size
     both = shapes.rows(keys) * shapes.samples * 2 * heads * shape.head_dim * shapes.element
     account.all_gather("cp", both, times)
-    account.reduce_scatter("cp", both * shapes.state.cp.size, times)
+    account.reduce_scatter("cp", both * shapes.state.cp.size, both, times)
     if shape.qk_norm == "projection":
         # sums of squares of queries and of keys, forward and backward
         for rows in (shapes.rows(stream), shapes.rows(keys)):
@@ -227,14 +234,14 @@ def _experts(account: Account, shapes: Shapes, moe: MoEConfig, stream: str) -> N
     rows = shapes.tokens(stream) * moe.router_topk * shapes.spec.hidden_size * shapes.element
     if not shapes.spec.sequence_parallel:
         # tokens are split for routing, and their answers gathered; backward the other way round
-        account.all_gather("tp", shapes.hidden(stream) // shapes.state.tp.size, 2 * times)
+        account.all_gather("tp", shapes.share(stream), 2 * times)
     if ep * etp == 1:
         return
     account.exchange("ep", moe.num_experts * INTEGER, times)  # how many rows will come
     account.all_gather("etp", moe.num_experts * INTEGER, times)
     account.exchange("ep", rows, 4 * times)
     account.all_gather("etp", rows, 2 * times)
-    account.reduce_scatter("etp", rows * etp, 2 * times)
+    account.reduce_scatter("etp", rows * etp, rows, 2 * times)
 
 
 def _ends(account: Account, shapes: Shapes, parts: Sequence[range], number: int) -> None:
@@ -253,23 +260,24 @@ def _ends(account: Account, shapes: Shapes, parts: Sequence[range], number: int)
 
 def _edges(account: Account, shapes: Shapes, parts: Sequence[range], number: int) -> None:
     """To the next stage, and gradients to the one before."""
-    spec, times = shapes.spec, shapes.microbatches
-
-    def tensors(stage: int) -> list[int]:
-        start = parts[stage].start
-        return [
-            shapes.kept("encoder" if name == "memory" or start < spec.encoder_layers else "decoder")
-            for name in spec.passed_on(start)
-        ]
-
+    times = shapes.microbatches
     if number + 1 < len(parts):
-        for sent in tensors(number + 1):
+        for sent in edge_bytes(shapes, parts[number + 1].start).values():
             account.pass_on("pp", sent, times)
             account.take("pp_back", times)
     if number:
-        for sent in tensors(number):
+        for sent in edge_bytes(shapes, parts[number].start).values():
             account.take("pp", times)
             account.pass_on("pp_back", sent, times)
+
+
+def edge_bytes(shapes: Shapes, start: int) -> dict[str, int]:
+    """Every tensor that a stage which begins with layer `start` is given, with its size."""
+    encoder = shapes.spec.encoder_layers
+    return {
+        name: shapes.kept("encoder" if name == "memory" or start < encoder else "decoder")
+        for name in shapes.spec.passed_on(start)
+    }
 
 
 def _gradients(account: Account, shapes: Shapes, stage: GPTStage, config: RunConfig) -> None:
@@ -283,7 +291,7 @@ def _gradients(account: Account, shapes: Shapes, stage: GPTStage, config: RunCon
         narrow = bucket[0].dtype.itemsize
         wide = torch.promote_types(bucket[0].dtype, torch.float32).itemsize
         if sharded:
-            account.reduce_scatter(layout.reduce_over, size * shard * wide)
+            account.reduce_scatter(layout.reduce_over, size * shard * wide, shard * wide)
             account.all_gather(layout.reduce_over, shard * narrow)
         else:
             account.all_reduce(layout.reduce_over, shard * wide)

@@ -4,6 +4,7 @@ The recorded ranks compute on real tensors, for the number of rows of each exper
 receive is made up, and a router that loads all experts evenly keeps the numbers of rows what they would be.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,25 +91,27 @@ def _config(model: str, layout: str) -> RunConfig:
     )
 
 
-def _batch(first: int, samples: int) -> Batch:
+def _batch(first: int, samples: int, lengths: dict[str, int]) -> Batch:
     """Whole samples without padding."""
 
     def inputs(length: int) -> Inputs:
         tokens = (torch.arange(samples * length).view(samples, length) * 7 + first) % VOCAB
         return Inputs(tokens, torch.arange(length).repeat(samples, 1), torch.zeros(samples, length, dtype=torch.int32))
 
-    own = inputs(LENGTHS["decoder"])
+    own = inputs(lengths["decoder"])
     decoder = Stream(
         own.tokens,
         own.position_ids,
         own.segments,
         labels=own.tokens,
-        loss_mask=torch.ones(samples, LENGTHS["decoder"]),
+        loss_mask=torch.ones(samples, lengths["decoder"]),
     )
-    return Batch({"encoder": inputs(LENGTHS["encoder"]), "decoder": decoder}, torch.arange(first, first + samples))
+    return Batch({"encoder": inputs(lengths["encoder"]), "decoder": decoder}, torch.arange(first, first + samples))
 
 
-def _recorded(config: RunConfig, world_size: int, rank: int) -> dict[str, Tally]:
+def _recorded(
+    config: RunConfig, world_size: int, rank: int, lengths: dict[str, int] = LENGTHS
+) -> dict[str, Tally]:
     """What the second step of a rank sends; the first also tells the stages what to expect."""
     state, tallies = ParallelState.recorded(grid_of(config, world_size), rank)
     engine = Engine(config, state, torch.device("cpu"), VOCAB)
@@ -118,7 +121,7 @@ def _recorded(config: RunConfig, world_size: int, rank: int) -> dict[str, Tally]
     for step in range(2):
         for tally in tallies.values():
             tally.forget()
-        batches = [_batch(first + at * micro, micro) for at in range(number)]
+        batches = [_batch(first + at * micro, micro, lengths) for at in range(number)]
         if not config.model.encoder_num_layers:
             batches = [Batch({"decoder": batch.decoder}, batch.sample_ids) for batch in batches]
         engine.train_step(step, batches)
@@ -138,6 +141,17 @@ def test_a_step_sends_what_the_formulas_say(model: str, layout: str) -> None:
         wanted = _recorded(config, world_size, rank)
         found = step_traffic(config, grid_of(config, world_size), rank, VOCAB, LENGTHS)
         assert found == wanted, f"rank {rank}"
+
+
+@pytest.mark.parametrize("layout", ["TP 2", "TP 2 without sequence parallelism x DP 2"])
+def test_rows_that_do_not_split_evenly_are_counted_too(layout: str) -> None:
+    odd = {"encoder": 33, "decoder": 17}
+    config, world_size = _config("encoder-decoder", layout), LAYOUTS[layout][0]
+    if layout == "TP 2":
+        config = replace(config, parallel=replace(config.parallel, expert_tensor_parallel_size=1))
+    for rank in range(2):
+        wanted = _recorded(config, world_size, rank, odd)
+        assert step_traffic(config, grid_of(config, world_size), rank, VOCAB, odd) == wanted
 
 
 @pytest.mark.parametrize("model", MODELS)
