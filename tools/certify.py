@@ -33,6 +33,7 @@ from megatron_moe.config.errors import ConfigError, MegatronMoEError
 from megatron_moe.config.moe import MoEConfig
 from megatron_moe.config.options import settings_of
 from megatron_moe.config.values import parse as parse_value
+from megatron_moe.moe.methods import find_method
 from megatron_moe.report.router_list import example_fields
 
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -45,6 +46,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
 }
 OF_THE_DECODER = ("allow_noncausal", "consistency_coeff", "consistency_cross_entropy", "aux_layer_reduction")
+LOSSES = {"aux_loss_coeff": 0.01, "z_loss_coeff": 0.001}
 DTYPES = {"float64": "fp64", "float32": "fp32", "bf16": "bf16"}
 
 
@@ -64,8 +66,10 @@ def more_fields(pairs: Sequence[str]) -> dict[str, Any]:
 
 
 def moe_fields(router: str, more: Sequence[str]) -> dict[str, Any]:
-    """[moe] of the router's own example, and what was given as name=value."""
-    return {**example_fields(router), **more_fields(more)}
+    """[moe] of the router's own example, with the losses that it knows, and what was given as name=value."""
+    unused = find_method(router).unused_fields
+    losses = {name: value for name, value in LOSSES.items() if name not in unused}
+    return {**losses, **example_fields(router), **more_fields(more)}
 
 
 def subject_of(family: str, moe: Mapping[str, Any]) -> Subject:
@@ -142,9 +146,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     started = time.perf_counter()
     try:
         max_ranks = check_where(where, given.max_ranks)
-        for family, subject in subjects(given).items():
+        wanted = {name: replace(one, dtype=DTYPES[given.dtype]) for name, one in subjects(given).items()}
+        for family, subject in wanted.items():
             begun = time.perf_counter()
-            subject = replace(subject, dtype=DTYPES[given.dtype])
             rows = certify(subject, layouts(extent), max_ranks=max_ranks, where=where)
             found += [as_json(row, family, given.dtype) for row in rows]
             print(f"\n{table(rows)}\n\n{_summary(given, family, rows)}, {time.perf_counter() - begun:.0f} s")
@@ -152,7 +156,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     if given.json:
-        given.json.write_text(json.dumps({**_facts(given), "seconds": time.perf_counter() - started, "rows": found}))
+        facts = {**_facts(given, wanted), "seconds": time.perf_counter() - started}
+        given.json.write_text(json.dumps({**facts, "rows": found}, indent=1))
     return 0 if all(row["equal"] for row in found) else 1
 
 
@@ -168,12 +173,13 @@ def _summary(given: argparse.Namespace, family: str, rows: Sequence[Row]) -> str
     )
 
 
-def _facts(given: argparse.Namespace) -> dict[str, Any]:
+def _facts(given: argparse.Namespace, wanted: Mapping[str, Subject]) -> dict[str, Any]:
     """What the rows are of."""
     return {
         "recipe": None if given.recipe is None else str(given.recipe),
         "router": given.router or (None if given.recipe else "top_k"),
-        "moe": more_fields(given.moe),
+        "moe": dict(next(iter(wanted.values())).moe),
+        "subjects": {family: asdict(subject) for family, subject in wanted.items()},
         "dtype": given.dtype,
         "device": given.device,
         "backend": given.backend,

@@ -52,14 +52,16 @@ def test_an_encoder_decoder_model_with_other_routers_in_each_stack_keeps_the_pro
 def test_a_router_that_decides_by_place_is_caught(tmp_path: Path) -> None:
     file = tmp_path / "breaker.py"
     file.write_text(BREAKER)
-    rows = {row.layout: row for row in certify(Subject({"router_type": f"{file}:ByPlace"}), max_ranks=2)}
+    some = {name: LAYOUTS[name] for name in ("recomputation", "TP 2 with sequence parallelism", "CP 2")}
+    rows = {row.layout: row for row in certify(Subject({"router_type": f"{file}:ByPlace"}), some)}
     assert not rows["TP 2 with sequence parallelism"].equal
     assert (rows["CP 2"].max_relative_error or 0.0) > 1e-4
     assert rows["recomputation"].equal
 
 
 def test_what_cannot_run_is_told_with_the_reason() -> None:
-    rows = {row.layout: row for row in certify(Subject({"num_experts": 5}), max_ranks=2)}
+    some = {name: LAYOUTS[name] for name in ("TP 2", "EP 2")}
+    rows = {row.layout: row for row in certify(Subject({"num_experts": 5}), some)}
     assert "--num-experts 5 cannot be split over" in (rows["EP 2"].refused or "")
     assert rows["EP 2"].max_relative_error is None and rows["EP 2"].equal
     assert rows["TP 2"].refused is None
@@ -135,7 +137,8 @@ def test_the_command_writes_rows_and_says_what_was_wrong(tmp_path: Path, capsys:
     report = tmp_path / "certificate.json"
     assert main(["--family", "all", "--moe", "aux_loss_coeff=0.01", "--json", str(report)]) == 0
     found = json.loads(report.read_text())
-    assert found["moe"] == {"aux_loss_coeff": 0.01} and found["router"] == "top_k"
+    assert found["moe"]["aux_loss_coeff"] == 0.01 and found["router"] == "top_k"
+    assert found["subjects"]["encoder-decoder"]["model"]["encoder_num_layers"] == 4
     assert found["versions"]["torch"] and found["seconds"] > 0
     assert [(row["family"], row["layout"]) for row in found["rows"]] == [
         (family, layout) for family in ("decoder-only", "encoder-decoder") for layout in FEW
