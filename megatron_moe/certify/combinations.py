@@ -118,5 +118,5 @@ def _identity(layout: Layout) -> tuple[Any, ...]:
     """What two layouts that are the same have in common: fields at their defaults say nothing."""
     tp = layout.parallel.get(TP, 1)
     defaults = {ETP: tp, "sequence_parallel": tp > 1, "use_distributed_optimizer": True, "pipeline_schedule": "1f1b"}
-    said = {name: value for name, value in layout.parallel.items() if value != defaults.get(name)}
-    return layout.ranks, layout.micro_batch_size, tuple(sorted((name, str(value)) for name, value in said.items()))
+    said = sorted((name, str(value)) for name, value in layout.parallel.items() if value != defaults.get(name))
+    return layout.ranks, layout.micro_batch_size, layout.uneven, tuple(said)

@@ -20,6 +20,9 @@ class _Arrival(Pending):
         self._pending.wait()
         self._tensor.copy_(self._host)
 
+    def is_over(self) -> bool:
+        return self._pending.is_over()
+
 
 class ThroughHost(Communicator):
     """Another communicator that is only given tensors on the host. Slow; for checks on one card."""

@@ -42,7 +42,7 @@ def axis_problems(grid: Grid) -> list[str]:
 class Passed:
     """One tensor between two ranks of a pipeline."""
 
-    channel: str  # "pp" or "pp_back"
+    channel: str  # an axis, onward or back: from the last rank on to the first it is another one
     source: int  # places on the axis
     target: int
     stage: int  # that the edge leads into
@@ -61,7 +61,12 @@ def sent_and_received(entries: Sequence[Entry], shape: Pipeline, edges: Edges) -
 
     def tensors(channel: str, source: int, target: int, into: int, microbatch: int) -> list[Passed]:
         ranks = shape.rank_of(source), shape.rank_of(target)
-        return [Passed(channel, *ranks, into, microbatch, name, size) for name, size in edges[into].items()]
+        if ranks[0] == ranks[1]:  # a rank alone hands its tensors to itself
+            return []
+        return [
+            Passed(_channel(shape, into, channel), *ranks, into, microbatch, name, size)
+            for name, size in edges[into].items()
+        ]
 
     for action in flat(entries):
         stage, number = action.stage, action.microbatch
@@ -78,6 +83,11 @@ def sent_and_received(entries: Sequence[Entry], shape: Pipeline, edges: Edges) -
     return sends, receives
 
 
+def _channel(shape: Pipeline, into: int, direction: str) -> str:
+    """Of the edge into a stage."""
+    return direction if shape.rank_of(into) else direction.replace("pp", "pp_wrap")
+
+
 def transfer_problems(lists: Sequence[Sequence[Entry]], shape: Pipeline, edges: Sequence[Edges]) -> list[str]:
     """One pipeline: what each rank sends another is what that one waits for, in the same order on each channel.
 
@@ -87,7 +97,7 @@ def transfer_problems(lists: Sequence[Sequence[Entry]], shape: Pipeline, edges: 
     problems = []
     for source, (sends, _) in enumerate(told):
         for target, (_, receives) in enumerate(told):
-            for channel in ("pp", "pp_back"):
+            for channel in ("pp", "pp_back", "pp_wrap", "pp_wrap_back"):
                 gone = [one for one in sends if (one.channel, one.target) == (channel, target)]
                 come = [one for one in receives if (one.channel, one.source) == (channel, source)]
                 if gone != come:

@@ -10,7 +10,7 @@ products split by columns and out of those split by rows is a *crossing* of tp, 
     cp                  an attention: keys and values, their gradients       2·R·B·2·(G/tp)·D·e·(n-1)
     ep                  an MoE layer: there and back, both passes            4·T·K·H·e·(n-1)/n
     etp                 an MoE layer: gathered and scattered, both passes    4·T·K·H·e·(n-1)
-    pp, pp_back         a tensor between two stages (/tp: sequence parallel) R·B·H·e each
+    pp, pp_wrap, back   a tensor between two stages (/tp: sequence parallel) R·B·H·e each
     tp_cp               a balance loss                                       2·groups·E·8·(n-1)/n
     tp_cp               places of experts, where there is a capacity         T·K·columns·8·(n-1)
     dp_cp, edp          dense and expert weights with ZeRO-1, once a step    P·(w+e)·(n-1)/n
@@ -22,6 +22,7 @@ the losses and the statistics: a few numbers. Rows of experts are those of an ev
 gradients is padded to whole shards of 16 elements.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -104,9 +105,7 @@ def step_traffic(
             _layer(account, shapes, shapes.spec.layers[index], config)
         _ends(account, shapes, parts, number)
         _edges(account, shapes, parts, number)
-    stages = [GPTStage(shapes.spec, parts, number, shapes.state) for number in numbers]
-    for stage in stages:
-        _gradients(account, shapes, stage, config)
+    _gradients(account, shapes, [GPTStage(shapes.spec, parts, number, shapes.state) for number in numbers], config)
     _figures(account, shapes, [layer for number in numbers for layer in parts[number]])
     return account.tallies
 
@@ -131,6 +130,8 @@ def _check(config: RunConfig, shapes: Shapes) -> None:
         "--moe-expert-rank-capacity-factor": parallel.expert_rank_capacity_factor,
         "--cross-entropy-chunk-size": parallel.cross_entropy_chunk_size,
         "--moe-consistency-coeff": config.moe.consistency_coeff,
+        "--expert-model-parallel-ranks-per-node": parallel.expert_model_parallel_ranks_per_node,
+        "--tp-comm-overlap": parallel.tp_comm_overlap or None,
     }
     for flag, value in without.items():
         if value is not None:
@@ -253,22 +254,26 @@ def _ends(account: Account, shapes: Shapes, parts: Sequence[range], number: int)
         _leave(account, shapes, "decoder")
     if number == len(parts) - 1:
         _enter(account, shapes, "decoder")
-        # largest logit, sum of exponentials, chosen logit
+        # the largest logit; sum of exponentials and chosen logit together
         tokens = shapes.rows("decoder") * shapes.samples
-        account.all_reduce("tp", tokens * shapes.wide, 3 * shapes.microbatches)
+        account.all_reduce("tp", tokens * shapes.wide, shapes.microbatches)
+        account.all_reduce("tp", 2 * tokens * shapes.wide, shapes.microbatches)
 
 
 def _edges(account: Account, shapes: Shapes, parts: Sequence[range], number: int) -> None:
     """To the next stage, and gradients to the one before."""
     times = shapes.microbatches
+    # from the last rank on to the first there are channels of their own
+    onward = "pp_wrap" if shapes.state.pp.is_last else "pp"
+    before = "pp_wrap" if shapes.state.pp.is_first else "pp"
     if number + 1 < len(parts):
         for sent in edge_bytes(shapes, parts[number + 1].start).values():
-            account.pass_on("pp", sent, times)
-            account.take("pp_back", times)
+            account.pass_on(onward, sent, times)
+            account.take(f"{onward}_back", times)
     if number:
         for sent in edge_bytes(shapes, parts[number].start).values():
-            account.take("pp", times)
-            account.pass_on("pp_back", sent, times)
+            account.take(before, times)
+            account.pass_on(f"{before}_back", sent, times)
 
 
 def edge_bytes(shapes: Shapes, start: int) -> dict[str, int]:
@@ -280,10 +285,10 @@ def edge_bytes(shapes: Shapes, start: int) -> dict[str, int]:
     }
 
 
-def _gradients(account: Account, shapes: Shapes, stage: GPTStage, config: RunConfig) -> None:
+def _gradients(account: Account, shapes: Shapes, stages: Sequence[GPTStage], config: RunConfig) -> None:
     """Each bucket's gradients to the owners of its shards, and the updated weights back."""
     sharded = config.parallel.use_distributed_optimizer
-    for bucket in _buckets(stage, config.parallel.ddp_bucket_size):
+    for bucket in _buckets(stages, config.parallel.ddp_bucket_size):
         layout = layout_of(bucket[0])
         size = shapes.state.axis(layout.reduce_over).size if sharded else 1
         elements = sum(_aligned(weight.numel()) for weight in bucket)
@@ -303,12 +308,21 @@ def _aligned(elements: int) -> int:
     return -(-elements // ALIGNMENT) * ALIGNMENT
 
 
-def _buckets(stage: GPTStage, most: int) -> list[list[nn.Parameter]]:
-    """A stage's weights that are reduced alike, at most so many elements at a time."""
+def _buckets(stages: Sequence[GPTStage], most: int) -> list[list[nn.Parameter]]:
+    """Each stage's weights that are reduced alike, at most so many elements at a time.
+
+    What several stages of a rank have is one weight, of the first of them.
+    """
+    named = [(number, name, weight) for number, stage in enumerate(stages) for name, weight in stage.named_parameters()]
+    often = Counter(name for _, name, _ in named)
+    first = {name: number for number, name, _ in reversed(named)}
     alike: dict[tuple[object, ...], list[list[nn.Parameter]]] = {}
-    for name, weight in stage.named_parameters():
+    for number, name, weight in named:
+        if first[name] != number:
+            continue
         layout = layout_of(weight)
-        kind = (layout.reduce_over, layout.sum_over, weight.dtype, name.startswith("layers."))
+        in_layer = name.startswith("layers.")
+        kind = (number, layout.reduce_over, layout.sum_over, weight.dtype, often[name] > 1, in_layer)
         found = alike.setdefault(kind, [[]])
         filled = sum(_aligned(member.numel()) for member in found[-1])
         if filled and filled + weight.numel() > most:

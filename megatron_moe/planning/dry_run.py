@@ -8,7 +8,10 @@ sequence of 114 over 8 ranks) is worked out for every place on tp.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from torch import nn
+
 from megatron_moe.config.run import RunConfig
+from megatron_moe.config.stages import schedule_name
 from megatron_moe.config.world import check_world
 from megatron_moe.models.build import gpt_spec, stage_parts
 from megatron_moe.models.gpt import GPTStage
@@ -91,10 +94,12 @@ class _Built:
         parts = stage_parts(config)
         numbers = range(place, len(parts), grid.pp)
         stages = [GPTStage(gpt_spec(config, vocab_size), parts, number, state) for number in numbers]
-        named = [list(stage.named_parameters()) for stage in stages]
-        self.named = [(name, layout_of(weight)) for stage in named for name, weight in stage]
-        self._layers = ", ".join(f"{parts[number].start}-{parts[number].stop - 1}" for number in numbers)
-        self._parameters = sum(weight.numel() for stage in named for _, weight in stage)
+        known: dict[str, nn.Parameter] = {}
+        # what several stages of a rank have in common is one parameter
+        named = [[(name, known.setdefault(name, weight)) for name, weight in s.named_parameters()] for s in stages]
+        self.named = [(name, layout_of(weight)) for name, weight in known.items()]
+        self._layers = ", ".join(_run(parts[number]) for number in numbers)
+        self._parameters = sum(weight.numel() for weight in known.values())
         self._buckets = GradientBuckets(
             named,
             state,
@@ -117,6 +122,10 @@ class _Built:
         return StageReport(self._layers, self._parameters, weights, gradients, optimizer, sent)
 
 
+def _run(layers: range) -> str:
+    return f"{layers.start}-{layers.stop - 1}" if layers else "none"
+
+
 def _sent(config: RunConfig, grid: Grid, place: int, vocab_size: int) -> dict[str, int]:
     """Bytes in a step, by axis."""
     found: dict[str, int] = {}
@@ -130,8 +139,9 @@ def _transfers(config: RunConfig, grid: Grid, vocab_size: int) -> tuple[int, lis
     """Tensors that pass through one pipeline in a step, and what is wrong in any of them."""
     parts = stage_parts(config)
     microbatches = config.training.global_batch_size // (config.training.micro_batch_size * grid.dp)
-    shape = Pipeline(grid.pp, microbatches, len(parts) // grid.pp)
-    lists = SCHEDULES[config.parallel.pipeline_schedule](shape)
+    group = config.parallel.microbatch_group_size_per_virtual_pipeline_stage
+    shape = Pipeline(grid.pp, microbatches, len(parts) // grid.pp, group)
+    lists = SCHEDULES[schedule_name(config.model, config.parallel)](shape)
     problems = []
     try:
         check_schedule(lists, shape)

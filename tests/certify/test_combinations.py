@@ -30,7 +30,7 @@ def test_no_layout_comes_twice_and_the_special_ones_come_first(extent: str) -> N
     assert all(found[name] == LAYOUTS[name] for name in special)
     # a tensor size is an expert tensor size, and sequence parallelism, unless something else is said
     plain = {
-        (layout.ranks, layout.micro_batch_size, *sorted((name, str(value)) for name, value in layout.parallel.items()))
+        (layout.ranks, layout.micro_batch_size, layout.uneven, str(sorted(map(str, layout.parallel.items()))))
         for layout in found.values()
     }
     assert len(plain) == len(found)

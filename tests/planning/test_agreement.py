@@ -63,6 +63,15 @@ def test_what_a_schedule_sends_is_awaited_in_the_same_order(name: str, ranks: in
     assert sum(sends) == 2 * 6 * sum(len(EDGES[stage]) for stage in range(1, ranks))
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_several_stages_a_rank_pass_from_the_last_to_the_first(ranks: int) -> None:
+    shape = Pipeline(ranks, 4, 4 // ranks)
+    lists = SCHEDULES["interleaved"](shape)
+    assert transfer_problems(lists, shape, [EDGES] * ranks) == []
+    channels = {one.channel for entries in lists for one in sent_and_received(entries, shape, EDGES)[0]}
+    assert channels == (set() if ranks == 1 else {"pp", "pp_back", "pp_wrap", "pp_wrap_back"})
+
+
 def test_another_shape_and_another_order_are_found() -> None:
     shape = Pipeline(4, 6)
     lists = SCHEDULES["1f1b"](shape)

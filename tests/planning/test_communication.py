@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_moe.certify.layouts import CP, EP, ETP, PP, TP
+from megatron_moe.certify.layouts import CP, EP, ETP, PP, ROUNDS, TP
 from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.run import RunConfig
 from megatron_moe.data.batch import Batch, Inputs, Stream
@@ -47,6 +47,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "encoder_moe": {**SPARSE, **PLACES, "num_experts": 8, "layer_freq": "4"},
     },
 }
+ENDS = {"account_for_embedding_in_pipeline_split": True, "account_for_loss_in_pipeline_split": True}
 # ranks, fields of [parallel], samples of a microbatch
 LAYOUTS: dict[str, tuple[int, dict[str, Any], int]] = {
     "one": (1, {}, 2),
@@ -54,6 +55,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], int]] = {
     "TP 2 without sequence parallelism x DP 2": (4, {TP: 2, "sequence_parallel": False, ETP: 1}, 1),
     "CP 2 x DP 2": (4, {CP: 2}, 1),
     "PP 4 x DP 2": (8, {PP: 4}, 2),
+    "PP 2, two stages a rank": (4, {PP: 2, ROUNDS: 2}, 1),
+    "PP 2, embedding and head alone": (2, {PP: 2, ROUNDS: 3, **ENDS}, 2),
     "DP 4 without ZeRO-1": (4, {"use_distributed_optimizer": False}, 1),
     "DP 3, small buckets": (3, {"ddp_bucket_size": 900}, 1),
     "EP 4 x DP 2": (8, {EP: 4}, 1),
