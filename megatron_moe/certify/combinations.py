@@ -6,10 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_moe.certify.layouts import CP, EP, ETP, LAYOUTS, PP, TP, Layout
+from megatron_moe.certify.layouts import COMM, CP, EP, ETP, LAYOUTS, PP, ROUNDS, TP, Layout
 from megatron_moe.certify.tiny_model import GLOBAL_BATCH
 
 MOST_RANKS = 8
+FEWEST_LAYERS = 4  # of a model that is certified
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,12 @@ SPLITTING: dict[str, tuple[Choice, ...]] = {
         Choice("TP 2 without sequence parallelism", {TP: 2, "sequence_parallel": False}),
     ),
     "pipeline": (Choice("PP 2", {PP: 2}), Choice("PP 4", {PP: 4})),
-    "context": (Choice("CP 2", {CP: 2}), Choice("CP 4", {CP: 4})),
+    "context": (
+        Choice("CP 2", {CP: 2}),
+        Choice("CP 4", {CP: 4}),
+        Choice("CP 2 by a ring", {CP: 2, COMM: "p2p"}),
+        Choice("CP 2 by all-to-all", {CP: 2, COMM: "a2a"}),
+    ),
     "expert": (Choice("EP 2", {EP: 2}), Choice("EP 4", {EP: 4})),
     "expert tensor": (Choice("ETP 2", {ETP: 2}), Choice("ETP 1", {ETP: 1})),
     "data": (
@@ -42,6 +48,8 @@ TIMING: dict[str, tuple[Choice, ...]] = {
     "schedule": (
         Choice("split backward", {"pipeline_schedule": "1f1b_split"}),
         Choice("sequential", {"pipeline_schedule": "sequential"}),
+        Choice("ZB-H1", {"pipeline_schedule": "zb_h1"}),
+        Choice("interleaved", {"pipeline_schedule": "interleaved", ROUNDS: 2}),
     ),
     "recomputation": (
         Choice("recomputation", {"recompute_granularity": "full"}),
@@ -58,6 +66,8 @@ def combine(choices: Sequence[Choice]) -> Layout | None:
     tp, pp, cp, ep = (int(parallel.get(name, 1)) for name in (TP, PP, CP, EP))
     etp = int(parallel.get(ETP, tp))
     if (ETP in parallel and etp == tp) or ("pipeline_schedule" in parallel and pp == 1):
+        return None
+    if ROUNDS in parallel and pp * int(parallel[ROUNDS]) > FEWEST_LAYERS:
         return None
     stage = math.lcm(tp * cp, ep * etp) * math.prod(choice.copies for choice in choices)
     micro = math.prod(choice.micro_batch_size for choice in choices)
@@ -101,7 +111,9 @@ def layouts(extent: str) -> dict[str, Layout]:
     else:
         made, special = combinations(AXES.values(), (1, 2, 3, 4)), LAYOUTS
     known = {_identity(layout) for layout in special.values()}
-    return {**special, **{name: each for name, each in _new(made, known).items() if name not in special}}
+    # a special one of that name has microbatches of another size
+    new = {f"{name}, one sample each" if name in special else name: each for name, each in _new(made, known).items()}
+    return {**special, **new}
 
 
 def _new(made: Mapping[str, Layout], known: set[Any]) -> dict[str, Layout]:

@@ -52,5 +52,9 @@ class ThroughHost(Communicator):
         host = torch.empty_like(tensor, device="cpu")
         return _Arrival(self._inner.receive_(host, source), host, tensor)
 
+    def send_receive_(self, tensor: Tensor, to: int, received: Tensor, source: int) -> Pending:
+        host = torch.empty_like(received, device="cpu")
+        return _Arrival(self._inner.send_receive_(tensor.cpu(), to, host, source), host, received)
+
     def barrier(self) -> None:
         self._inner.barrier()

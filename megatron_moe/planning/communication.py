@@ -132,6 +132,7 @@ def _check(config: RunConfig, shapes: Shapes) -> None:
         "--moe-consistency-coeff": config.moe.consistency_coeff,
         "--expert-model-parallel-ranks-per-node": parallel.expert_model_parallel_ranks_per_node,
         "--tp-comm-overlap": parallel.tp_comm_overlap or None,
+        "--cp-comm-type": None if parallel.cp_comm_type == "all_gather" else parallel.cp_comm_type,
     }
     for flag, value in without.items():
         if value is not None:

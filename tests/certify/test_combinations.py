@@ -4,7 +4,17 @@ import itertools
 
 import pytest
 
-from megatron_moe.certify.combinations import AXES, EXTENTS, SPLITTING, Choice, combinations, combine, layouts
+from megatron_moe.certify.combinations import (
+    AXES,
+    EXTENTS,
+    SPLITTING,
+    TIMING,
+    Choice,
+    _identity,
+    combinations,
+    combine,
+    layouts,
+)
 from megatron_moe.certify.layouts import CP, EP, ETP, LAYOUTS, PP, TP, Layout
 from megatron_moe.certify.tiny_model import GLOBAL_BATCH
 from megatron_moe.parallel.grid import Grid
@@ -43,18 +53,21 @@ def test_each_extent_holds_the_one_before() -> None:
 
 
 def test_every_pair_of_values_of_two_axes_is_there_or_says_nothing() -> None:
-    found = set(layouts("default"))
-    missing = []
+    found = {_identity(layout) for layout in layouts("default").values()}
+    nothing = []
     for one, other in itertools.combinations(AXES.values(), 2):
-        for first, second in itertools.product(one, other):
-            names = {f"{first.name} x {second.name}", f"{first.name}, {second.name}"}
-            if not names & found:
-                missing.append(f"{first.name} + {second.name}")
-    # the split that everything follows anyway, a schedule without a pipeline, or more ranks than samples; the others
-    # stand there by another name
-    allowed = ("ETP 1", "split backward", "sequential", "micro-batches of 2", "ETP 2", "EP 4", "CP 4")
-    assert all(any(word in pair for word in allowed) for pair in missing), missing
-    assert {"TP 2 x PP 2", "PP 4 x CP 2", "EP 4 x DP 2 without ZeRO-1"} <= {*found, "EP 4 x DP 2 without ZeRO-1"}
+        for pair in itertools.product(one, other):
+            layout = combine(pair)
+            if layout is None:
+                nothing.append({choice.name for choice in pair})
+            else:
+                assert _identity(layout) in found, pair
+    # the split that everything follows anyway, a schedule without a pipeline, more ranks than samples or layers
+    allowed = {"ETP 1", "ETP 2", "EP 4", "CP 4", "PP 4", "micro-batches of 2"}
+    allowed |= {choice.name for choice in TIMING["schedule"]}
+    assert all(pair & allowed for pair in nothing), nothing
+    names = set(layouts("default"))
+    assert {"TP 2 x PP 2", "PP 4 x CP 2", "EP 2 x DP 2 without ZeRO-1", "PP 4, ZB-H1"} <= names
 
 
 def test_a_combination_takes_the_fewest_ranks() -> None:

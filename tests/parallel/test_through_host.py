@@ -28,11 +28,13 @@ def _ask(rank: int, world_size: int, through_host: bool) -> list[list[float]]:
     other = torch.empty(2)
     comm.receive_(other, 1 - rank).wait()
     sending.wait()
+    comm.send_receive_(mine + 5.0, 1 - rank, mine, 1 - rank).wait()
     comm.barrier()
-    return [*found, other.tolist()]
+    return [*found, mine.tolist(), other.tolist()]
 
 
 def test_all_collectives_give_the_same() -> None:
     answers = run_on_ranks(2, _ask, True)
     assert answers == run_on_ranks(2, _ask, False)
+    assert answers[0][-2] == [6.0, 6.0]
     assert answers[0][0] == [10.0, 12.0, 14.0, 16.0] and answers[0][-1] == [1.0, 1.0]

@@ -176,13 +176,14 @@ def test_no_message_is_larger_than_what_it_is_for(model: str) -> None:
     ("section", "name", "value", "problem"),
     [
         ("parallel", "recompute_granularity", "full", "--recompute-granularity full"),
+        ("parallel", "tp_comm_overlap", True, "--tp-comm-overlap"),
         ("moe", "router_type", "switch", "--moe-router-type switch"),
         ("moe", "token_dispatcher_type", "allgather", "--moe-token-dispatcher-type allgather"),
     ],
 )
-def test_what_has_no_formula_is_refused_by_name(section: str, name: str, value: str, problem: str) -> None:
-    tables = _config("sparse", "EP 4 x DP 2").to_dict()
+def test_what_has_no_formula_is_refused_by_name(section: str, name: str, value: object, problem: str) -> None:
+    tables = _config("sparse", "TP 2 x PP 2 x EP 4 x DP 4").to_dict()
     tables[section][name] = value
     config = RunConfig.from_dict(tables, origin="saved")
     with pytest.raises(ConfigError, match=problem):
-        step_traffic(config, grid_of(config, 8), 0, VOCAB)
+        step_traffic(config, grid_of(config, 32), 0, VOCAB)
