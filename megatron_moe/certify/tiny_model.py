@@ -10,7 +10,7 @@ from megatron_moe.config.run import RunConfig
 from megatron_moe.data.batch import Batch, Inputs, Stream
 
 VOCAB, LENGTH, GLOBAL_BATCH, STEPS = 61, 8, 4, 3
-ENCODER_LENGTH = 12  # another than the decoder's, so that none is taken for the other
+ENCODER_LENGTH = 16  # another than the decoder's, so that none is taken for the other
 
 
 def tiny_config(

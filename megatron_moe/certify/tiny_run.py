@@ -1,5 +1,6 @@
 """A few steps of the tiny model on whatever ranks there are, and the measure that compares two such runs."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -41,10 +42,37 @@ class RankOutcome:
     norms: list[float]
     gradients: Pieces
     weights: Pieces
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Where:
+    """What the ranks run on.
+
+    backend: of torch.distributed; over gloo, ranks may share a card, and what they send goes through the host.
+    """
+
+    device: str = "cpu"
+    backend: str = "gloo"
+
+    def device_of(self, rank: int) -> torch.device:
+        """Cards go round."""
+        if self.device == "cpu":
+            return torch.device("cpu")
+        return torch.device("cuda", rank % torch.cuda.device_count())
+
+    @property
+    def through_host(self) -> bool:
+        return self.device == "cuda" and self.backend == "gloo"
+
+
+CPU = Where()
 
 
 def _pieces(blocks: Sequence[Block]) -> Pieces:
-    return [(block.name, block.global_shape, block.offset, block.tensor.double().numpy().copy()) for block in blocks]
+    return [
+        (block.name, block.global_shape, block.offset, block.tensor.double().cpu().numpy().copy()) for block in blocks
+    ]
 
 
 def _gradient_blocks(engine: Engine) -> list[Block]:
@@ -57,9 +85,12 @@ def _gradient_blocks(engine: Engine) -> list[Block]:
     ]
 
 
-def train_tiny(config: RunConfig, state: ParallelState) -> RankOutcome:
-    """Three steps on this rank."""
-    engine = Engine(config, state, torch.device("cpu"), VOCAB)
+def train_tiny(
+    config: RunConfig, state: ParallelState, device: torch.device | None = None, order: Sequence[int] | None = None
+) -> RankOutcome:
+    """Three steps on this rank.   order: of the samples within each global batch; None: their own."""
+    started = time.perf_counter()
+    engine = Engine(config, state, device or torch.device("cpu"), VOCAB)
     gradients: Pieces = []
     update = engine.optimizer.step
 
@@ -79,25 +110,35 @@ def train_tiny(config: RunConfig, state: ParallelState) -> RankOutcome:
             dp_size=state.dp.size,
             consumed=step * GLOBAL_BATCH,
         )
-        results.append(engine.train_step(step, [draw(numbers) for numbers in sampler.microbatches()]))
+        numbers = [_in_order(some, step * GLOBAL_BATCH, order) for some in sampler.microbatches()]
+        results.append(engine.train_step(step, [draw(some) for some in numbers]))
     return RankOutcome(
         losses=[result.metrics.loss for result in results],
         aux_losses=[dict(result.metrics.aux_losses) for result in results],
         norms=[result.grad_norm for result in results],
         gradients=gradients,
         weights=_pieces(engine.weight_blocks()),
+        seconds=time.perf_counter() - started,
     )
 
 
-def run_all(rank: int, world_size: int, configs: Sequence[RunConfig]) -> list[RankOutcome]:
+def _in_order(numbers: Sequence[int], first: int, order: Sequence[int] | None) -> Sequence[int]:
+    """The samples that stand at these places of a global batch that begins with sample `first`."""
+    return numbers if order is None else [first + order[number - first] for number in numbers]
+
+
+def run_all(rank: int, world_size: int, configs: Sequence[RunConfig], where: Where = CPU) -> list[RankOutcome]:
     """Every configuration, one after another, on the ranks that are there; process groups are made once for a grid."""
     states: dict[Grid, ParallelState] = {}
     found = []
+    device = where.device_of(rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     for config in configs:
         grid = grid_of(config, world_size)
         if grid not in states:
-            states[grid] = ParallelState.distributed(grid)
-        found.append(train_tiny(config, states[grid]))
+            states[grid] = ParallelState.distributed(grid, through_host=where.through_host)
+        found.append(train_tiny(config, states[grid], device))
     return found
 
 
@@ -144,7 +185,8 @@ def worst_difference(found: Outcome, wanted: Outcome) -> dict[str, float]:
     """Relative differences by kind."""
 
     def relative(mine: Sequence[float], theirs: Sequence[float]) -> float:
-        return max(abs(a - b) / abs(b) for a, b in zip(mine, theirs, strict=True))
+        # of what is zero the difference itself
+        return max(abs(a - b) / (abs(b) or 1.0) for a, b in zip(mine, theirs, strict=True))
 
     aux = [
         relative([step[name] for step in found.aux_losses], [step[name] for step in wanted.aux_losses])

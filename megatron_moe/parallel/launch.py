@@ -121,11 +121,13 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-def fork_ranks(world_size: int, work: Callable[..., Any], *arguments: Any, timeout_s: float = 300.0) -> list[Any]:
-    """Run work(rank, world_size, *arguments) on gloo ranks forked from this process; returns their results in order.
+def fork_ranks(
+    world_size: int, work: Callable[..., Any], *arguments: Any, timeout_s: float = 300.0, backend: str = "gloo"
+) -> list[Any]:
+    """Run work(rank, world_size, *arguments) on ranks forked from this process; returns their results in order.
 
     Forking a process that has imported torch starts 8 ranks in 0.2 s. This process must have called
-    torch.set_num_threads(1) before any parallel operation: a forked OpenMP pool hangs.
+    torch.set_num_threads(1) before any parallel operation: a forked OpenMP pool hangs; and it must not have used a GPU.
     Raises PeerError with the first rank's traceback when one fails.
     """
     context = multiprocessing.get_context("fork")
@@ -134,7 +136,7 @@ def fork_ranks(world_size: int, work: Callable[..., Any], *arguments: Any, timeo
         ranks = [
             context.Process(
                 target=_forked,
-                args=(rank, world_size, Path(folder) / "store", pipes[rank][1], work, arguments),
+                args=(rank, world_size, Path(folder) / "store", pipes[rank][1], backend, work, arguments),
                 daemon=True,
             )
             for rank in range(world_size)
@@ -174,12 +176,18 @@ def _collect(receivers: list[Connection], timeout_s: float) -> list[Any]:
 
 
 def _forked(
-    rank: int, world_size: int, store: Path, sender: Connection, work: Callable[..., Any], arguments: tuple[Any, ...]
+    rank: int,
+    world_size: int,
+    store: Path,
+    sender: Connection,
+    backend: str,
+    work: Callable[..., Any],
+    arguments: tuple[Any, ...],
 ) -> None:
     torch.set_num_threads(1)
     try:
         dist.init_process_group(
-            "gloo",
+            backend,
             store=FileStore(str(store), world_size),
             rank=rank,
             world_size=world_size,

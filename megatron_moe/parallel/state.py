@@ -7,6 +7,7 @@ import torch.distributed as dist
 
 from megatron_moe.parallel.communicator import Communicator, Identity, Recording, Tally, Torch
 from megatron_moe.parallel.grid import Grid
+from megatron_moe.parallel.through_host import ThroughHost
 
 
 @dataclass(frozen=True)
@@ -85,8 +86,11 @@ class ParallelState:
         return state, tallies
 
     @classmethod
-    def distributed(cls, grid: Grid) -> "ParallelState":
-        """This rank's state in the world that torch.distributed has joined. Collective over the world."""
+    def distributed(cls, grid: Grid, *, through_host: bool = False) -> "ParallelState":
+        """This rank's state in the world that torch.distributed has joined. Collective over the world.
+
+        through_host: what is on a GPU is copied to the host and sent from there, for ranks that share a card over gloo.
+        """
         rank = dist.get_rank()
         groups: dict[tuple[str, tuple[int, ...]], dist.ProcessGroup] = {}
         for field in fields(cls):
@@ -96,7 +100,12 @@ class ParallelState:
                 key = _channel(field.name, ranks)
                 if len(ranks) > 1 and key not in groups:
                     groups[key] = dist.new_group(list(ranks))
-        return cls.build(grid, rank, lambda name, ranks, place: Torch(groups[_channel(name, ranks)], ranks, place))
+
+        def make(name: str, ranks: tuple[int, ...], place: int) -> Communicator:
+            found = Torch(groups[_channel(name, ranks)], ranks, place)
+            return ThroughHost(found) if through_host else found
+
+        return cls.build(grid, rank, make)
 
 
 def _channel(name: str, ranks: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:

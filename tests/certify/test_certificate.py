@@ -7,14 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_moe.certify.certificate import Row, Subject, _config, certify
-from megatron_moe.certify.layouts import LAYOUTS
+from megatron_moe.certify.certificate import KINDS, Row, Subject, _config, certify, check_where
+from megatron_moe.certify.layouts import LAYOUTS, PP, Layout
 from megatron_moe.certify.tiny_model import GLOBAL_BATCH
-from megatron_moe.certify.tiny_run import Outcome, worst_difference
+from megatron_moe.certify.tiny_run import Outcome, Where, worst_difference
 from megatron_moe.config.errors import ConfigError
 from tools.certify import main, moe_fields
 
-COSINE = Path(__file__).parents[2] / "examples" / "router" / "cosine_router.py"
+EXAMPLES = Path(__file__).parents[2] / "examples"
+COSINE = EXAMPLES / "router" / "cosine_router.py"
+RECIPE = EXAMPLES / "st_moe" / "recipe.toml"
 
 # decides by the row's place on this rank, which no two layouts agree on
 BREAKER = """
@@ -35,7 +37,8 @@ def test_a_router_from_outside_keeps_the_promise_on_two_ranks() -> None:
     )
     assert [row.layout for row in rows] == [name for name, layout in LAYOUTS.items() if layout.ranks <= 2]
     assert all(row.equal and row.refused is None for row in rows)
-    assert {"loss", "auxiliary losses", "gradient norm", "gradients", "weights"} == set(rows[0].errors)
+    assert set(KINDS) == set(rows[0].errors)
+    assert all(row.seconds > 0 for row in rows)
 
 
 def test_an_encoder_decoder_model_with_other_routers_in_each_stack_keeps_the_promise() -> None:
@@ -49,14 +52,16 @@ def test_an_encoder_decoder_model_with_other_routers_in_each_stack_keeps_the_pro
 def test_a_router_that_decides_by_place_is_caught(tmp_path: Path) -> None:
     file = tmp_path / "breaker.py"
     file.write_text(BREAKER)
-    rows = {row.layout: row for row in certify(Subject({"router_type": f"{file}:ByPlace"}), max_ranks=2)}
+    some = {name: LAYOUTS[name] for name in ("recomputation", "TP 2 with sequence parallelism", "CP 2")}
+    rows = {row.layout: row for row in certify(Subject({"router_type": f"{file}:ByPlace"}), some)}
     assert not rows["TP 2 with sequence parallelism"].equal
     assert (rows["CP 2"].max_relative_error or 0.0) > 1e-4
     assert rows["recomputation"].equal
 
 
 def test_what_cannot_run_is_told_with_the_reason() -> None:
-    rows = {row.layout: row for row in certify(Subject({"num_experts": 5}), max_ranks=2)}
+    some = {name: LAYOUTS[name] for name in ("TP 2", "EP 2")}
+    rows = {row.layout: row for row in certify(Subject({"num_experts": 5}), some)}
     assert "--num-experts 5 cannot be split over" in (rows["EP 2"].refused or "")
     assert rows["EP 2"].max_relative_error is None and rows["EP 2"].equal
     assert rows["TP 2"].refused is None
@@ -68,6 +73,8 @@ def test_groups_of_two_samples_leave_out_layouts_that_cannot_hold_one() -> None:
     rows = certify(Subject({"routing_group_samples": 2, "expert_capacity_factor": 1.0}), max_ranks=1)
     assert [row.layout for row in rows] == [name for name, layout in LAYOUTS.items() if layout.ranks == 1]
     assert all(row.equal and row.refused is None for row in rows)
+    # nor those whose ranks would not have a microbatch each
+    assert certify(Subject({}), {"DP 4": Layout(4, {}, 2)}) == []
     too_small = [name for name, layout in LAYOUTS.items() if layout.samples_of_a_rank(GLOBAL_BATCH) < 2]
     assert [name for name in too_small if "," not in name] == ["EP 4", "EP 4 as 2 nodes of 2", "EP 2 x ETP 2"]
 
@@ -103,6 +110,11 @@ def test_the_worst_figure_of_a_run_counts() -> None:
         "weights": pytest.approx(1.0),
     }
     assert not Row("TP 2", {**errors, "loss": 0.0}).equal
+    assert Row("TP 2", errors, tolerances=dict.fromkeys(errors, 2.1)).equal
+    assert not Row("TP 2", errors, tolerances={**dict.fromkeys(errors, 2.1), "loss": 0.2}).equal
+    # of what is zero the difference itself
+    nothing = replace(wanted, aux_losses=[{"z": 0.0}, {"z": 0.0}])
+    assert worst_difference(wanted, nothing)["auxiliary losses"] == 2.0
     # one that is not whole, and one that is not there
     for weights in ({"w": np.array([1, np.nan, 1])}, {}):
         assert worst_difference(replace(wanted, weights=weights), wanted)["weights"] == float("inf")
@@ -112,13 +124,29 @@ def test_the_worst_figure_of_a_run_counts() -> None:
     assert tiny["weights"] == pytest.approx(1e-4 / 1.001e-3)
 
 
+FEW = {"micro-batches of 2": Layout(1, {}, 2), "PP 2": Layout(2, {PP: 2})}
+
+
+@pytest.fixture
+def _few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tools.certify.layouts", lambda extent: FEW)
+
+
+@pytest.mark.usefixtures("_few")
 def test_the_command_writes_rows_and_says_what_was_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = tmp_path / "certificate.json"
-    assert main(["--max-ranks", "1", "--moe", "aux_loss_coeff=0.01", "--json", str(report)]) == 0
+    assert main(["--family", "all", "--moe", "aux_loss_coeff=0.01", "--json", str(report)]) == 0
     found = json.loads(report.read_text())
-    assert found["moe"]["aux_loss_coeff"] == 0.01
-    assert all(row["max_relative_error"] < 1e-9 for row in found["rows"]) and found["rows"][0]["layout"]
-    assert "| micro-batches of 2 |" in capsys.readouterr().out
+    assert found["moe"]["aux_loss_coeff"] == 0.01 and found["router"] == "top_k"
+    assert found["subjects"]["encoder-decoder"]["model"]["encoder_num_layers"] == 4
+    assert found["versions"]["torch"] and found["seconds"] > 0
+    assert [(row["family"], row["layout"]) for row in found["rows"]] == [
+        (family, layout) for family in ("decoder-only", "encoder-decoder") for layout in FEW
+    ]
+    assert all(row["equal"] and row["max_relative_error"] < 1e-9 and row["seconds"] > 0 for row in found["rows"])
+    out = capsys.readouterr().out
+    assert out.count("| micro-batches of 2 |") == 2
+    assert "top_k, encoder-decoder, float64: 2 layouts, 0 differ, 0 cannot run" in out
     assert main(["--moe", "zzz=1"]) == 2
     assert main(["--moe", "capacity_includes_k=maybe"]) == 2
     assert moe_fields("top_k", ["router_pre_softmax=true", "z_loss_coeff=0.1"]).items() >= {
@@ -126,6 +154,39 @@ def test_the_command_writes_rows_and_says_what_was_wrong(tmp_path: Path, capsys:
         ("z_loss_coeff", 0.1),
     }
     assert "expected name=value" in capsys.readouterr().err
+
+
+def test_the_command_fails_for_a_router_that_breaks_the_promise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "breaker.py"
     file.write_text(BREAKER)
-    assert main(["--router", f"{file}:ByPlace", "--quick"]) == 1
+    monkeypatch.setattr("tools.certify.layouts", lambda extent: {"CP 2": LAYOUTS["CP 2"]})
+    assert main(["--router", f"{file}:ByPlace"]) == 1
+    assert "DIFFERS" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("_few")
+def test_the_command_takes_a_recipe_and_a_narrow_type(capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = ["--recipe", str(RECIPE)]
+    assert main([*recipe, "--dtype", "bf16"]) == 0
+    out = capsys.readouterr().out
+    assert "moe.min_capacity: 4 -> 1" in out and "| *allowed* |" in out and "encoder-decoder, bf16" in out
+    assert main([*recipe, "--router", "top_k"]) == 2
+    assert main([*recipe, "--family", "all"]) == 2
+    assert "the recipe says that" in capsys.readouterr().err
+
+
+def test_what_the_ranks_cannot_run_on_is_refused_with_the_way_out() -> None:
+    assert check_where(Where(), 4) == 4
+    with pytest.raises(ConfigError, match="--backend nccl --device cpu: .* use --backend gloo"):
+        check_where(Where("cpu", "nccl"), 1)
+
+
+@pytest.mark.parametrize(("cards", "backend", "problem"), [(0, "gloo", "no GPU here"), (1, "nccl", "--max-ranks 1,")])
+def test_cards_that_are_missing_are_told(
+    cards: int, backend: str, problem: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megatron_moe.certify.certificate._cards", lambda rank, world_size: cards)
+    with pytest.raises(ConfigError, match=problem):
+        check_where(Where("cuda", backend), 2)

@@ -168,3 +168,24 @@ def test_what_all_ranks_record_adds_up(rank: int) -> None:
     found = comm.all_to_all(meta(sum(counts[rank]), 1), counts[rank], receive)
     assert found.shape == (sum(receive), 1)
     assert tally.sent_bytes["all_to_all"] == 4 * (sum(counts[rank]) - counts[rank][rank])
+
+
+def test_a_record_answers_as_if_the_others_brought_the_same() -> None:
+    comm, _ = recording()
+    mine = torch.tensor([1.0, 2.0])
+    assert comm.all_gather(mine, [2, 2, 2, 2]).tolist() == [1.0, 2.0] * 4
+    assert comm.all_gather(mine[:0], [2, 0, 1, 1]).tolist() == [0.0] * 4
+    assert comm.all_to_all(mine, [1, 1, 0, 0], [2, 1, 0, 2]).tolist() == [1.0, 2.0, 1.0, 2.0, 1.0]
+    assert comm.reduce_scatter(mine, [1, 1, 0, 0]).tolist() == [1.0]
+    comm.receive_(mine, 0).wait()
+    assert mine.tolist() == [0.0, 0.0]
+
+
+def test_a_tally_knows_the_largest_call_and_forgets() -> None:
+    comm, tally = recording()
+    for size in (2, 6, 4):
+        comm.send(meta(size), 2)
+    tally.add("send", 10, times=3)
+    assert tally.calls == {"send": 6} and tally.largest == {"send": 24} and tally.total_bytes == 4 * 12 + 30
+    tally.forget()
+    assert tally == Tally()
