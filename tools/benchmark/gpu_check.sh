@@ -11,7 +11,8 @@ usage: bash tools/benchmark/gpu_check.sh [--quick] [--output DIR] [--device cpu|
   --quick        small sizes: does it run?
   --output DIR   where <date>-<device>.json goes (default: tools/benchmark/results)
   --device       default: cuda where there is one
-  --only PART    one of tests, correctness, ceilings, moe_layer, training_step, router_decision
+  --only PART    one of tests, correctness, certificate, ceilings, moe_layer, training_step,
+                 router_decision
   --patience N   multiply the time limits, for a slow or busy machine
   --label TEXT   what a reader of the results must know of the conditions
 
@@ -105,9 +106,10 @@ if python3 -c 'import pytest' 2>/dev/null; then
 else
     echo "skipped: tests marked gpu need pytest"
 fi
-benchmark correctness 90
+benchmark correctness 80
 benchmark ceilings 40
-benchmark moe_layer 180
-benchmark training_step 90
-benchmark router_decision 100
+benchmark moe_layer 170
+benchmark training_step 80
+benchmark router_decision 70
+benchmark certificate 90
 python3 -m tools.benchmark.results --folder "$work" --output "$output" --label "$label"
