@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_moe.certify.layouts import COMM, CP, EP, ETP, LAYOUTS, PP, ROUNDS, TP, Layout
+from megatron_moe.certify.layouts import COMM, CP, EP, ETP, LAYOUTS, PP, ROUNDS, TP, ZERO_3, Layout
 from megatron_moe.certify.tiny_model import GLOBAL_BATCH
 
 MOST_RANKS = 8
@@ -41,6 +41,7 @@ SPLITTING: dict[str, tuple[Choice, ...]] = {
     "data": (
         Choice("DP 2", copies=2),
         Choice("DP 2 without ZeRO-1", {"use_distributed_optimizer": False}, copies=2),
+        Choice("DP 2 with ZeRO-3", ZERO_3, copies=2),
     ),
 }
 TIMING: dict[str, tuple[Choice, ...]] = {
@@ -68,6 +69,8 @@ def combine(choices: Sequence[Choice]) -> Layout | None:
     if (ETP in parallel and etp == tp) or ("pipeline_schedule" in parallel and pp == 1):
         return None
     if ROUNDS in parallel and pp * int(parallel[ROUNDS]) > FEWEST_LAYERS:
+        return None
+    if pp > 1 and ZERO_3.items() <= parallel.items():
         return None
     stage = math.lcm(tp * cp, ep * etp) * math.prod(choice.copies for choice in choices)
     micro = math.prod(choice.micro_batch_size for choice in choices)

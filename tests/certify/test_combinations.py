@@ -63,7 +63,7 @@ def test_every_pair_of_values_of_two_axes_is_there_or_says_nothing() -> None:
             else:
                 assert _identity(layout) in found, pair
     # the split that everything follows anyway, a schedule without a pipeline, more ranks than samples or layers
-    allowed = {"ETP 1", "ETP 2", "EP 4", "CP 4", "PP 4", "micro-batches of 2"}
+    allowed = {"ETP 1", "ETP 2", "EP 4", "CP 4", "PP 4", "micro-batches of 2", "DP 2 with ZeRO-3"}
     allowed |= {choice.name for choice in TIMING["schedule"]}
     assert all(pair & allowed for pair in nothing), nothing
     names = set(layouts("default"))
