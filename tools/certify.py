@@ -116,6 +116,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--backend", choices=("gloo", "nccl"), default="gloo", help="how they talk; over gloo they may share a card"
     )
+    parser.add_argument("--brief", action="store_true", help="one table: the worst figure of each layout, by family")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there as well")
     return parser.parse_args(arguments)
 
@@ -131,6 +132,19 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def brief(rows: Mapping[str, Sequence[Row]]) -> str:
+    """Markdown: a row a layout, a column for the worst figure of each family."""
+    cells: dict[str, dict[str, str]] = {}
+    for family, found in rows.items():
+        for row in found:
+            worst = "cannot run" if row.refused else f"{row.max_relative_error:.1e}"
+            cells.setdefault(row.layout, {})[family] = worst if row.equal else f"{worst} DIFFERS"
+    lines = [f"| layout | {' | '.join(rows)} |", "| --- " * (len(rows) + 1) + "|"]
+    for layout, figures in cells.items():
+        lines.append(f"| {layout} | {' | '.join(figures.get(family, '-') for family in rows)} |")
+    return "\n".join(lines)
+
+
 def as_json(row: Row, family: str, dtype: str) -> dict[str, Any]:
     found = {"family": family, "dtype": dtype, **asdict(row)}
     return {**found, "equal": row.equal, "max_relative_error": row.max_relative_error}
@@ -143,6 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     where = Where(given.device, given.backend)
     extent = "quick" if given.quick else "full" if given.full else "default"
     found: list[dict[str, Any]] = []
+    by_family: dict[str, list[Row]] = {}
     started = time.perf_counter()
     try:
         max_ranks = check_where(where, given.max_ranks)
@@ -150,11 +165,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for family, subject in wanted.items():
             begun = time.perf_counter()
             rows = certify(subject, layouts(extent), max_ranks=max_ranks, where=where)
+            by_family[family] = rows
             found += [as_json(row, family, given.dtype) for row in rows]
-            print(f"\n{table(rows)}\n\n{_summary(given, family, rows)}, {time.perf_counter() - begun:.0f} s")
+            shown = "" if given.brief else f"\n{table(rows)}\n\n"
+            print(f"{shown}{_summary(given, family, rows)}, {time.perf_counter() - begun:.0f} s", flush=True)
     except MegatronMoEError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    if given.brief:
+        print(f"\n{brief(by_family)}")
     if given.json:
         facts = {**_facts(given, wanted), "seconds": time.perf_counter() - started}
         given.json.write_text(json.dumps({**facts, "rows": found}, indent=1))

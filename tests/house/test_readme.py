@@ -4,6 +4,8 @@ import re
 
 import pytest
 
+from megatron_moe.certify.combinations import layouts
+from megatron_moe.certify.tiny_run import TOLERANCE
 from megatron_moe.config.run import RunConfig
 from tests.house.sources import ROOT
 from tools.list_routers import main as list_routers
@@ -30,6 +32,16 @@ def test_the_table_of_routers_is_what_the_command_prints(capsys: pytest.CaptureF
     assert columns and table
     assert list_routers(["--markdown", "--columns", columns.group(1)]) == 0
     assert capsys.readouterr().out.strip() == table.group(1).strip()
+
+
+def test_the_certificate_in_the_readme_has_every_layout() -> None:
+    """Its figures are those of a run that takes minutes; which layouts it is of, is checked here."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = re.search(r"<!-- certify -->\n(.*?)\n<!-- end -->", text, re.DOTALL)
+    assert table
+    rows = [line.strip("| ").split(" | ") for line in table.group(1).splitlines()[2:]]
+    assert [row[0] for row in rows] == list(layouts("default"))
+    assert all(float(figure) < TOLERANCE for row in rows for figure in row[1:] if figure not in ("cannot run", "-"))
 
 
 def test_the_router_in_the_readme_is_the_file_beside_it() -> None:

@@ -2,16 +2,17 @@
 
 Computing and travelling are played by a clock of their own, so that neither cores nor noise matter: each attention
 layer and each expert layer takes its time forward, again backward, and once more for the gradient of its weights; each
-collective arrives so long after its start.
+collective arrives so long after its start. One test does the same with real time.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from delayed import Delayed, OwnTime
+from delayed import Clock, Delayed, OwnTime
 from ranks import run_on_ranks
 from torch import Tensor, nn
 from torch.autograd import Function
@@ -24,53 +25,68 @@ from megatron_moe.parallel.state import ParallelState
 from megatron_moe.training.engine import Engine, grid_of
 
 CPU = torch.device("cpu")
-WORK, DELAY = 2.0, 1.0  # of each piece of computing, and of each collective
+DELAY = 1.0  # of each collective
+
+
+class Work:
+    """A piece of computing, twice as long as a delay. Of a clock that runs by itself the unit is short."""
+
+    def __init__(self, clock: Clock, unit: float) -> None:
+        self.clock = clock
+        self.unit = unit
+
+    def do(self) -> None:
+        self.clock.sleep(2.0 * DELAY * self.unit)
 
 
 class _Working(Function):
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, clock: OwnTime, sink: WeightGradients | None, weight: Tensor) -> Tensor:
-        ctx.clock, ctx.sink, ctx.weight = clock, sink, weight
-        clock.sleep(WORK)
+    def forward(ctx: Any, tensor: Tensor, work: Work, sink: WeightGradients | None, weight: Tensor) -> Tensor:
+        ctx.work, ctx.sink, ctx.weight = work, sink, weight
+        work.do()
         return tensor.view_as(tensor)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        ctx.clock.sleep(WORK)
+        ctx.work.do()
         if ctx.sink is not None:
-            ctx.sink.add(ctx.weight, lambda total: ctx.clock.sleep(WORK))
+            ctx.sink.add(ctx.weight, lambda total: ctx.work.do())
         return grad, None, None, None
 
 
 def make_slow(
-    module: nn.Module, clock: OwnTime, sink_of: Callable[[Sequence[Any]], WeightGradients | None], weight: str
+    module: nn.Module, work: Work, sink_of: Callable[[Sequence[Any]], WeightGradients | None], weight: str
 ) -> None:
     """Let a module's forward pass, its backward pass and its weight gradients take time."""
 
-    def work(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    def before(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         sink = sink_of(arguments)
-        return (_Working.apply(arguments[0], clock, sink, module.get_parameter(weight)), *arguments[1:])
+        return (_Working.apply(arguments[0], work, sink, module.get_parameter(weight)), *arguments[1:])
 
-    module.register_forward_pre_hook(work)
+    module.register_forward_pre_hook(before)
 
 
 class SlowRun:
     """An engine whose computing takes time, and whose collectives along some axes do."""
 
-    def __init__(self, config: RunConfig, world_size: int, axes: Sequence[str], delay: float) -> None:
-        self.clock = OwnTime()
-        state = ParallelState.distributed(grid_of(config, world_size))
+    def __init__(
+        self, config: RunConfig, state: ParallelState, axes: Sequence[str], delay: float, unit: float | None
+    ) -> None:
+        """unit: seconds of the real clock that a delay of 1 takes; None: a clock of its own."""
+        self.clock: Clock = OwnTime() if unit is None else time
+        work = Work(self.clock, unit or 1.0)
+        delay = delay * (unit or 1.0)
         wanted = [state.axis(name) for name in axes if state.axis(name).size > 1]
         self.late = {axis.name: Delayed(axis.comm, delay, self.clock) for axis in wanted}
         state = replace(state, **{axis.name: replace(axis, comm=self.late[axis.name]) for axis in wanted})
         self.engine = Engine(config, state, CPU, VOCAB)
         for stage in self.engine.stages:
             for layer in stage.layers.children():
-                make_slow(layer.attention, self.clock, lambda arguments: arguments[1].weight_gradients, "qkv")
+                make_slow(layer.attention, work, lambda arguments: arguments[1].weight_gradients, "qkv")
                 if layer.sparse is not None:
-                    make_slow(layer.mlp.experts, self.clock, lambda arguments: arguments[2], "w1")
+                    make_slow(layer.mlp.experts, work, lambda arguments: arguments[2], "w1")
                     if layer.mlp.shared_expert is not None:
-                        make_slow(layer.mlp.shared_expert, self.clock, lambda arguments: None, "w1")
+                        make_slow(layer.mlp.shared_expert, work, lambda arguments: None, "w1")
 
     def second_step(self, microbatches: int) -> tuple[float, int]:
         """How long it takes, from the first update to the second, and how many collectives were late in it."""
@@ -83,25 +99,37 @@ class SlowRun:
 
 
 def steps(
-    rank: int, world_size: int, tables: Sequence[dict[str, Any]], axes: Sequence[str], microbatches: int
+    rank: int,
+    world_size: int,
+    tables: Sequence[dict[str, Any]],
+    axes: Sequence[str],
+    microbatches: int,
+    unit: float | None,
 ) -> tuple[float, float, int]:
     """A step without and with delays, and how many of them there were."""
     moe, model, parallel = tables
     config = tiny_config(moe, parallel, model)
-    quick, _ = SlowRun(config, world_size, axes, 0.0).second_step(microbatches)
-    slow, calls = SlowRun(config, world_size, axes, DELAY).second_step(microbatches)
+    state = ParallelState.distributed(grid_of(config, world_size))
+    quick, _ = SlowRun(config, state, axes, 0.0, unit).second_step(microbatches)
+    slow, calls = SlowRun(config, state, axes, DELAY, unit).second_step(microbatches)
     return quick, slow, calls
 
 
 def share_seen(
-    moe: dict[str, Any], model: dict[str, Any], parallel: dict[str, Any], axes: Sequence[str], microbatches: int
+    moe: dict[str, Any],
+    model: dict[str, Any],
+    parallel: dict[str, Any],
+    axes: Sequence[str],
+    microbatches: int,
+    unit: float | None = None,
 ) -> float:
     """How much of all delays of a step on four ranks its time shows."""
-    found = run_on_ranks(4, steps, (moe, model, parallel), axes, microbatches)
-    assert len(set(found)) == 1
-    quick, slow, calls = found[0]
+    found = run_on_ranks(4, steps, (moe, model, parallel), axes, microbatches, unit)
+    assert unit is not None or len(set(found)) == 1
+    quick, slow = (max(times) for times in list(zip(*found, strict=True))[:2])
+    calls = found[0][2]
     assert calls > 10
-    return (slow - quick) / (calls * DELAY)
+    return (slow - quick) / (calls * DELAY * (unit or 1.0))
 
 
 EP = {"expert_model_parallel_size": 4}
@@ -113,6 +141,17 @@ HIDDEN, SEEN = 0.2, 0.95  # most that may be seen of what is hidden, least of wh
 def test_all_to_alls_hide_behind_another_microbatch() -> None:
     assert share_seen(SPARSE, SHORT, {**EP, "pipeline_schedule": "1f1b_overlap"}, ["ep"], 8) < HIDDEN
     assert share_seen(SPARSE, SHORT, EP, ["ep"], 8) > SEEN
+
+
+def test_so_they_do_in_real_time() -> None:
+    """A machine that does other things too gets several tries: they only ever add."""
+    overlap = {**EP, "pipeline_schedule": "1f1b_overlap"}
+    shares = []
+    for _ in range(5):
+        shares.append(share_seen(SPARSE, SHORT, overlap, ["ep"], 8, unit=0.015))
+        if shares[-1] < HIDDEN:
+            break
+    assert min(shares) < HIDDEN, shares
 
 
 def test_data_parallel_collectives_hide_behind_computing() -> None:
