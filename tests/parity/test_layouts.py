@@ -165,6 +165,26 @@ def _fits(model: str, layout: str) -> bool:
     return known.micro_batch_size % group == 0 and not (model == "dense" and of_experts)
 
 
+# other ways of doing what a plain layout does: each meets every third model, for all layouts meet other ones
+OTHER_WAYS = {
+    "cp_comm_type",
+    "tp_comm_overlap",
+    "data_parallel_sharding_strategy",
+    "num_virtual_stages_per_pipeline_rank",
+    "pipeline_model_parallel_layout",
+    NODE,
+}
+
+
+def _is_run(model: str, layout: str) -> bool:
+    if not _fits(model, layout):
+        return False
+    known = LAYOUTS[layout]
+    overlapped = known.parallel.get("pipeline_schedule") == "1f1b_overlap"
+    other = OTHER_WAYS & set(known.parallel) or known.uneven or overlapped
+    return not other or (list(MODELS).index(model) + list(LAYOUTS).index(layout)) % 3 == 0
+
+
 def _fields(model: str, layout: str) -> Tables:
     return LAYOUTS[layout].fields_for(MODELS[model][1].get("encoder_num_layers", 0), 4)
 
@@ -188,7 +208,7 @@ def test_every_layout_equals_one_process(world_size: int, wanted: dict[str, Outc
         (model, layout)
         for layout, known in LAYOUTS.items()
         for model in MODELS
-        if known.ranks == world_size and _fits(model, layout)
+        if known.ranks == world_size and _is_run(model, layout)
     ]
     configs = [_config(model, _fields(model, layout), LAYOUTS[layout].micro_batch_size) for model, layout in cases]
     answers = run_on_ranks(world_size, run_all, configs)
