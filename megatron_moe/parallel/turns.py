@@ -6,15 +6,16 @@ not arrived when its turn comes again is waited for with work that needs nobody,
 """
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from megatron_moe.parallel.arrival import Arrival
-from megatron_moe.parallel.communicator import Communicator, Pending
+from megatron_moe.parallel.communicator import Communicator
 from megatron_moe.parallel.state import Axis
+from megatron_moe.parallel.wrapped import Wrapped
 
 Work = Callable[[], None]
 Filler = Callable[[], bool]  # does a piece of work, alone; False: there was none
@@ -120,54 +121,15 @@ class _YieldingArrival(Arrival):
         return self._inner.is_here()
 
 
-class Yielding(Communicator):
+class Yielding(Wrapped):
     """A communicator that gives way before it waits for a collective."""
 
     def __init__(self, inner: Communicator, turns: Turns) -> None:
-        self._inner = inner
+        super().__init__(inner)
         self._turns = turns
 
-    def all_reduce_(self, tensor: Tensor, op: str = "sum") -> Tensor:
-        return self.start_all_reduce_(tensor, op).wait()
-
-    def all_gather(self, tensor: Tensor, rows: Sequence[int]) -> Tensor:
-        return self.start_all_gather(tensor, rows).wait()
-
-    def reduce_scatter(self, tensor: Tensor, rows: Sequence[int]) -> Tensor:
-        return self.start_reduce_scatter(tensor, rows).wait()
-
-    def all_to_all(self, tensor: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
-        return self.start_all_to_all(tensor, send, receive).wait()
-
-    def start_all_reduce_(self, tensor: Tensor, op: str = "sum") -> Arrival:
-        return _YieldingArrival(self._inner.start_all_reduce_(tensor, op), self._turns)
-
-    def start_all_gather(self, tensor: Tensor, rows: Sequence[int]) -> Arrival:
-        return _YieldingArrival(self._inner.start_all_gather(tensor, rows), self._turns)
-
-    def start_all_gather_(self, whole: Tensor, own: Tensor) -> Arrival:
-        return _YieldingArrival(self._inner.start_all_gather_(whole, own), self._turns)
-
-    def start_reduce_scatter(self, tensor: Tensor, rows: Sequence[int]) -> Arrival:
-        return _YieldingArrival(self._inner.start_reduce_scatter(tensor, rows), self._turns)
-
-    def start_all_to_all(self, tensor: Tensor, send: Sequence[int], receive: Sequence[int]) -> Arrival:
-        return _YieldingArrival(self._inner.start_all_to_all(tensor, send, receive), self._turns)
-
-    def broadcast_(self, tensor: Tensor, source: int) -> Tensor:
-        return self._inner.broadcast_(tensor, source)
-
-    def send(self, tensor: Tensor, to: int) -> Pending:
-        return self._inner.send(tensor, to)
-
-    def receive_(self, tensor: Tensor, source: int) -> Pending:
-        return self._inner.receive_(tensor, source)
-
-    def send_receive_(self, tensor: Tensor, to: int, received: Tensor, source: int) -> Pending:
-        return self._inner.send_receive_(tensor, to, received, source)
-
-    def barrier(self) -> None:
-        self._inner.barrier()
+    def arriving(self, arrival: Arrival) -> Arrival:
+        return _YieldingArrival(arrival, self._turns)
 
 
 def yielding(axis: Axis, turns: Turns) -> Axis:
