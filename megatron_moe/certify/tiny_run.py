@@ -12,7 +12,7 @@ from megatron_moe.config.run import RunConfig
 from megatron_moe.data.sampler import Sampler
 from megatron_moe.parallel.blocks import Block
 from megatron_moe.parallel.grid import Grid
-from megatron_moe.parallel.state import ParallelState
+from megatron_moe.parallel.state import Groups, ParallelState
 from megatron_moe.training.engine import Engine, grid_of
 
 # float64 sums in another order: measured 2e-13 at worst where losses are not near zero; the promise is 1e-9
@@ -128,8 +128,9 @@ def _in_order(numbers: Sequence[int], first: int, order: Sequence[int] | None) -
 
 
 def run_all(rank: int, world_size: int, configs: Sequence[RunConfig], where: Where = CPU) -> list[RankOutcome]:
-    """Every configuration, one after another, on the ranks that are there; process groups are made once for a grid."""
+    """Every configuration, one after another, on the ranks that are there; each process group is made once."""
     states: dict[Grid, ParallelState] = {}
+    groups: Groups = {}
     found = []
     device = where.device_of(rank)
     if device.type == "cuda":
@@ -137,7 +138,7 @@ def run_all(rank: int, world_size: int, configs: Sequence[RunConfig], where: Whe
     for config in configs:
         grid = grid_of(config, world_size)
         if grid not in states:
-            states[grid] = ParallelState.distributed(grid, through_host=where.through_host)
+            states[grid] = ParallelState.distributed(grid, through_host=where.through_host, known=groups)
         found.append(train_tiny(config, states[grid], device))
     return found
 

@@ -29,6 +29,8 @@ class Axis:
         return self.rank == self.size - 1
 
 
+Channel = tuple[str, tuple[int, ...]]  # what for, and between which ranks of the world
+Groups = dict[Channel, dist.ProcessGroup]
 MakeCommunicator = Callable[[str, tuple[int, ...], int], Communicator]
 
 
@@ -86,13 +88,16 @@ class ParallelState:
         return state, tallies
 
     @classmethod
-    def distributed(cls, grid: Grid, *, through_host: bool = False) -> "ParallelState":
+    def distributed(
+        cls, grid: Grid, *, through_host: bool = False, known: Groups | None = None
+    ) -> "ParallelState":
         """This rank's state in the world that torch.distributed has joined. Collective over the world.
 
         through_host: what is on a GPU is copied to the host and sent from there, for ranks that share a card over gloo.
+        known: groups of other grids of this world, used again; new ones are added.
         """
         rank = dist.get_rank()
-        groups: dict[tuple[str, tuple[int, ...]], dist.ProcessGroup] = {}
+        groups: Groups = {} if known is None else known
         for field in fields(cls):
             # every rank makes every group, in the same order, as torch.distributed demands
             for member in range(grid.world_size):
@@ -108,9 +113,14 @@ class ParallelState:
         return cls.build(grid, rank, make)
 
 
-def _channel(name: str, ranks: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
-    """Axes over the same ranks share one process group, except the pipeline's: two ranks must never send both ways on
-    one of them, where each may be waiting for the other. In a ring of three or more nobody does."""
+def _channel(name: str, ranks: tuple[int, ...]) -> Channel:
+    """Axes over the same ranks share one process group, with two exceptions.
+
+    The pipeline's: two ranks must never send both ways on one of them, where each may be waiting for the other; in a
+    ring of three or more nobody does.   Those of replicas: what the layers send must not queue behind gradients.
+    """
+    if name in ("dp_cp", "edp"):
+        return ("replicas", ranks)
     wrap = "wrap" if name.startswith("pp_wrap") and len(ranks) == 2 else ""
     back = "back" if name.endswith("_back") else ""
     return (wrap + back, ranks)

@@ -9,7 +9,7 @@ from ranks import run_on_ranks
 
 from megatron_moe.parallel.communicator import Identity
 from megatron_moe.parallel.grid import AXIS_RANKS, Grid
-from megatron_moe.parallel.state import ParallelState
+from megatron_moe.parallel.state import Groups, ParallelState
 
 SIZES = {"tp": 2, "pp": 2, "ep": 4, "ep_ranks_per_node": 2}
 
@@ -70,8 +70,23 @@ def groups_made(rank: int, world_size: int, grids: list[Grid]) -> list[int]:
 
 def test_a_world_that_does_not_tell_nodes_apart_makes_no_group_for_them() -> None:
     grids = [Grid(4, ep=4, ep_ranks_per_node=number) for number in (None, 4, 2)]
-    # all ranks; on two nodes also each node, and each place in them
-    assert run_on_ranks(4, groups_made, grids) == [[1, 1, 5]] * 4
+    # all ranks, and all ranks for their gradients; on two nodes also each node, and each place in them
+    assert run_on_ranks(4, groups_made, grids) == [[2, 2, 6]] * 4
+
+
+def groups_made_again(rank: int, world_size: int) -> list[int]:
+    known: Groups = {}
+    found = []
+    for grid in (Grid(4), Grid(4, ep=4), Grid(4, tp=2), Grid(4, tp=2, cp=2)):
+        state = ParallelState.distributed(grid, known=known)
+        assert float(state.tp_cp.comm.all_reduce_(torch.ones(1))) == state.tp_cp.size
+        found.append(len(known))
+    return found
+
+
+def test_grids_of_a_world_share_their_groups() -> None:
+    # all ranks twice; nothing more for experts; pairs for tp, for dp and, of replicas, for dp_cp; cp as dp before
+    assert run_on_ranks(4, groups_made_again) == [[2, 2, 8, 8]] * 4
 
 
 def test_a_rank_alone_has_nobody_to_talk_to() -> None:
