@@ -1,4 +1,4 @@
-"""Looks after checkpoint directories (those of --save): lists, verifies, compares, rewrites and prunes them.
+"""Looks after checkpoint directories (those of --save): lists, verifies, compares, rewrites, prunes.
 
 Examples:
     python tools/checkpoint.py ls runs/quickstart/checkpoint --hashes
@@ -6,6 +6,7 @@ Examples:
     python tools/checkpoint.py diff runs/a/checkpoint runs/b/checkpoint/step_00000200
     python tools/checkpoint.py reshard runs/a/checkpoint runs/a/one-file --ranks 1
     python tools/checkpoint.py prune runs/a/checkpoint --keep 3 --stale --dry-run
+    python tools/checkpoint.py upcycle runs/dense/checkpoint runs/sparse --num-experts 8 --moe-layer-freq 2
 
 DIR is a checkpoint directory, STEP the folder of a step in it; where one step is needed, a directory means its newest
 whole one. Exit codes: 0 well, 1 different (diff), 2 usage, 64 nothing valid, 65 damaged, 74 storage.
@@ -25,6 +26,7 @@ from megatron_moe.checkpoint.prune import plan_pruning, prune
 from megatron_moe.checkpoint.rewrite import reshard
 from megatron_moe.checkpoint.rotate import left_overs, step_folder, stored_steps
 from megatron_moe.config.errors import CheckpointError, ConfigError, MegatronMoEError, NoCheckpointError
+from megatron_moe.models.upcycle import upcycle
 
 DIFFERENT = 1
 
@@ -61,6 +63,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="also remove what cut-short saves left (*.tmp-*), if nobody wrote to it for so long; default 60",
     )
     old.add_argument("--dry-run", action="store_true", help="only say what would go")
+    sparse = commands.add_parser("upcycle", help="a dense model as a sparse one of the same function, at step 0")
+    sparse.add_argument("source", type=Path, metavar="SRC", help="directory or step of a dense model")
+    sparse.add_argument("target", type=Path, metavar="DST", help="directory that holds no step 0")
+    sparse.add_argument("--num-experts", type=int, required=True, metavar="E", help="copies of each dense layer")
+    sparse.add_argument("--moe-router-topk", type=int, default=2, metavar="K", help="experts per token; default 2")
+    sparse.add_argument("--moe-layer-freq", default="1", metavar="FREQ", help="which layers; default all")
     return parser
 
 
@@ -157,12 +165,27 @@ def remove_old(given: argparse.Namespace) -> int:
     return 0
 
 
+def make_sparse(given: argparse.Namespace) -> int:
+    """upcycle: what was written, and how to train on."""
+    reader = open_place(given.source)
+    moe = {"num_experts": given.num_experts, "router_topk": given.moe_router_topk, "layer_freq": given.moe_layer_freq}
+    manifest = upcycle(reader, given.target, moe)
+    config = step_folder(given.target, 0) / "config.json"
+    print(
+        f"wrote step 0 in {given.target}: {manifest.totals['elements']:,} weights, the dense model had "
+        f"{sum(tensor.num_elements for tensor in reader.tensors['model'].values()):,}. "
+        f"Train on with --config {config} --load {given.target} --finetune"
+    )
+    return 0
+
+
 COMMANDS: Mapping[str, Callable[[argparse.Namespace], int]] = {
     "ls": list_steps,
     "verify": verify_steps,
     "diff": show_differences,
     "reshard": rewrite,
     "prune": remove_old,
+    "upcycle": make_sparse,
 }
 
 

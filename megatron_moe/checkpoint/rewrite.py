@@ -78,13 +78,13 @@ def _write(
         return
     file = made.file(part, rank, pieces)
     for piece in pieces:
-        file.write(piece, _runs(reader, part, piece))
+        file.write(piece, runs_of(reader, piece.name, piece, part))
     file.finish(table)
 
 
-def _runs(reader: CheckpointReader, part: str, piece: Piece) -> Iterator[Bytes]:
-    """The bytes of a piece, row-major, a little at a time."""
+def runs_of(reader: CheckpointReader, name: str, piece: Piece, part: str = "model") -> Iterator[Bytes]:
+    """The bytes of a piece of the stored tensor `name`, row-major, a little at a time."""
     if piece.num_bytes == 0:
         return
     for wanted in split_rectangle(piece.rectangle, _SCRATCH_BYTES // DTYPES[piece.dtype].itemsize):
-        yield bytes_of(reader.rectangle(piece.name, wanted, part))
+        yield bytes_of(reader.rectangle(name, wanted, part))
