@@ -285,6 +285,9 @@ def test_experts_are_never_left_over_even_where_other_tensors_may_be(tmp_path: P
     fewer = [block for block in blocks if ".3.w" not in block.name]
     with pytest.raises(CheckpointError, match=r"layers.\{0-1\}.mlp.experts \(4 in the checkpoint, 3 in the model\)"):
         reader.fill_all(fewer, unused="name")
+    half = [block for block in blocks if block.name != expert(0, 1, "w2")]
+    with pytest.raises(CheckpointError, match=r"in the checkpoint only: .*layers.0.mlp.experts.1.w2"):
+        reader.fill_all(half, unused="name")
 
 
 def test_long_lists_of_names_are_folded_and_lose_none() -> None:

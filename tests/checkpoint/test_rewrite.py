@@ -44,6 +44,8 @@ def test_one_rank_makes_one_file_for_each_part_and_two_share_the_experts(tmp_pat
     files = reshard(reader, tmp_path / "two", 2).files
     sizes = [files[f"optim-r{rank:05d}.safetensors"].size for rank in (0, 1)]
     assert max(sizes) < 1.1 * min(sizes)
+    # no dimension has eight parts: whole tensors go round
+    assert sum(name.startswith("optim") for name in reshard(reader, tmp_path / "eight", 8).files) == 8
 
 
 def test_random_tensors_in_random_cuts_survive_a_chain_of_layouts(
