@@ -1,21 +1,19 @@
 """The first rank's work: put all ranks' tables together, refuse what does not fit, write the manifest, rename."""
 
 import os
-import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
 from megatron_moe.checkpoint.manifest import MANIFEST, Manifest, StoredSlice, StoredTensor
+from megatron_moe.checkpoint.names import absent_experts, expert_name, folded
 from megatron_moe.checkpoint.reshard import Rectangle, first_hole, overlapping_pair
 from megatron_moe.checkpoint.storage import Storage, write_file
 from megatron_moe.checkpoint.write import HeldSlice, RankTable
 from megatron_moe.config.errors import CheckpointError, StorageError
-
-_EXPERT = re.compile(r"(.+\.experts)\.([0-9]+)\.(.+)")
 
 # (rank, slice)
 Held = tuple[int, HeldSlice]
@@ -25,7 +23,7 @@ def assemble(tables: Sequence[RankTable], run_id: str, step: int, code_version: 
     """The manifest of what the ranks wrote.
 
     Raises StorageError if a rank's disk failed; CheckpointError if a tensor has a hole or an overlap, if ranks disagree
-    about its shape, or if replicas differ.
+    about its shape, if replicas differ, or if an expert is absent.
     """
     for storage, error in ((False, CheckpointError), (True, StorageError)):
         told = enumerate(tables)
@@ -41,6 +39,8 @@ def assemble(tables: Sequence[RankTable], run_id: str, step: int, code_version: 
         part: {name: _tensor(f"{part} tensor '{name}'", tensors[name], problems) for name in sorted(tensors)}
         for part, tensors in sorted(held.items())
     }
+    absent = folded(absent_experts(parts.get("model", {})))
+    problems += [f"model tensor '{name}' is written by no rank, but those of other experts are" for name in absent]
     if problems:
         raise CheckpointError(_listing(problems, limit=10))
     return Manifest(
@@ -112,7 +112,7 @@ def _totals(parts: dict[str, dict[str, StoredTensor]]) -> dict[str, Any]:
         "elements": sum(tensor.num_elements for tensor in tensors),
         "bytes": sum(part.length for tensor in tensors for part in tensor.slices),
         "experts": {
-            part: {name: fingerprint(tensor) for name, tensor in found.items() if _EXPERT.fullmatch(name)}
+            part: {name: fingerprint(tensor) for name, tensor in found.items() if expert_name(name)}
             for part, found in parts.items()
         },
     }
@@ -124,14 +124,17 @@ def fingerprint(tensor: StoredTensor) -> str:
     return xxhash.xxh3_128_hexdigest(f"{tensor.dtype}{tensor.shape}{text}".encode())
 
 
-def twin_experts(fingerprints: dict[str, str]) -> list[tuple[str, str]]:
-    """Experts of one layer that hold the same numbers: (name, first of the same), as after a wrong gather."""
+def twin_experts(tensors: Mapping[str, StoredTensor]) -> list[tuple[str, str]]:
+    """Experts of one layer that hold the same numbers: (name, first of the same), as after a wrong gather.
+
+    Vectors are passed over: the biases of all experts begin at zero.
+    """
     seen: dict[tuple[str, str, str], str] = {}
     twins = []
-    for name, digest in fingerprints.items():
-        match = _EXPERT.fullmatch(name)
-        if match:
-            first = seen.setdefault((match[1], match[3], digest), name)
+    for name, tensor in tensors.items():
+        expert = expert_name(name)
+        if expert and len(tensor.shape) > 1:
+            first = seen.setdefault((expert.layer, expert.weight, fingerprint(tensor)), name)
             if first != name:
                 twins.append((name, first))
     return twins

@@ -5,20 +5,26 @@ import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from megatron_moe.checkpoint.accounting import Account, Demand
+from megatron_moe.checkpoint.commit import twin_experts
 from megatron_moe.checkpoint.fill import fill_blocks
 from megatron_moe.checkpoint.manifest import Manifest, StoredTensor, parse_manifest
-from megatron_moe.checkpoint.messages import gather_to_all, raise_together, told_by_first
+from megatron_moe.checkpoint.messages import gather_to_all, gather_to_first, raise_together, told_by_first
+from megatron_moe.checkpoint.reshard import Rectangle
 from megatron_moe.checkpoint.rotate import step_folder, stored_steps
 from megatron_moe.checkpoint.tensor_file import DTYPES
 from megatron_moe.checkpoint.verify import Check, Papers, check_share, look
 from megatron_moe.config.errors import CheckpointError, NoCheckpointError
 from megatron_moe.parallel.blocks import Block
 from megatron_moe.parallel.state import Axis
+
+# "refuse" a checkpoint that holds more than the model, or only "name" what is left over
+Unused = Literal["refuse", "name"]
 
 logger = logging.getLogger(__name__)
 
@@ -103,9 +109,10 @@ class CheckpointReader:
         self.manifest = found.manifest
         self.step = found.manifest.step
         self.run_id = found.manifest.run_id
-        self.state: dict[str, Any] = json.loads(found.papers.texts["state.json"])
-        self.config_json = found.papers.texts["config.json"]
-        self.data: dict[str, Any] = json.loads(found.papers.texts["data.json"])
+        self.texts = found.papers.texts
+        self.state: dict[str, Any] = json.loads(self.texts["state.json"])
+        self.config_json = self.texts["config.json"]
+        self.data: dict[str, Any] = json.loads(self.texts["data.json"])
         self._world = world
         self._device = device
 
@@ -120,19 +127,50 @@ class CheckpointReader:
     def fill(self, blocks: Sequence[Block], part: str = "model", *, cast: bool = False) -> None:
         """Fill each block in place, whatever the split it was saved in. Collective over the world.
 
-        cast: convert between floating-point types where they differ. Raises CheckpointError on all ranks if a tensor is
-        missing, has another shape or type, or cannot be read.
+        The blocks may be some of a part.  cast: convert between floating-point types where they differ.  Raises
+        CheckpointError on all ranks if a tensor is missing, has another shape or type, or cannot be read.
         """
+        self._compare(blocks, part, cast, whole=False, unused="name")
+        self._read(blocks, part)
+
+    def fill_all(
+        self, blocks: Sequence[Block], part: str = "model", *, cast: bool = False, unused: Unused = "refuse"
+    ) -> list[str]:
+        """`fill` for all of a part: the ranks' primary blocks hold each element once, and nothing stored is left over.
+
+        unused: what becomes of stored tensors that no rank asks for; their names are returned. Experts of a layer that
+        the model has are never left over.  Raises CheckpointError on all ranks, listing every difference.
+        """
+        spare = self._compare(blocks, part, cast, whole=True, unused=unused)
+        if part == "model" and self._world.is_first:
+            for twin, first in twin_experts(self.tensors.get(part, {}))[:5]:
+                logger.warning("step %d: experts %s and %s hold the same numbers", self.step, first, twin)
+        self._read(blocks, part)
+        return spare
+
+    def _compare(self, blocks: Sequence[Block], part: str, cast: bool, *, whole: bool, unused: Unused) -> list[str]:
+        """The first rank draws up the account of all; returns the names that nobody asks for."""
         stored = self.tensors.get(part, {})
-        misfit = _Misfit.between(blocks, stored, cast)
-        misfits = gather_to_all(json.dumps(asdict(misfit)) if misfit.any() else "", self._world, self._device)
-        if any(misfits):
-            unused = self.unused((block.name for block in blocks), part)
-            found = [_Misfit(**json.loads(text)) for text in misfits if text]
-            raise CheckpointError(self._explain(part, found, unused))
+        texts = gather_to_first(Demand.of(blocks, stored, cast).to_text(), self._world, self._device)
+        told: dict[str, Any] = {}
+        if self._world.is_first:
+            account = Account.of([Demand.from_text(text) for text in texts], stored, whole=whole)
+            refused = account.unused if unused == "refuse" else account.lost_experts
+            problem = account.explain(refused if whole else [])
+            # what is left over explains what is missing
+            told = {"problem": problem and account.explain(account.unused), "unused": account.unused}
+        told = json.loads(told_by_first(json.dumps(told), self._world, self._device))
+        if told["problem"]:
+            raise CheckpointError(
+                f"{self.folder} does not fit this model ({part}):\n{told['problem']}\n"
+                f"Give the model the options in this checkpoint's config.json, or load another checkpoint."
+            )
+        return list(told["unused"])
+
+    def _read(self, blocks: Sequence[Block], part: str) -> None:
         problem = ""
         try:
-            fill_blocks(self.folder, self.manifest, stored, blocks)
+            fill_blocks(self.folder, self.manifest, self.tensors.get(part, {}), blocks)
         except CheckpointError as error:
             problem = str(error)
         raise_together(problem, self._world, self._device)
@@ -149,50 +187,12 @@ class CheckpointReader:
         stored = self.tensors.get(part, {})
         if name not in stored:
             raise CheckpointError(f"step {self.step} in {self.folder.parent} has no {part} tensor '{name}'")
-        whole = torch.empty(stored[name].shape, dtype=DTYPES[stored[name].dtype])
-        block = Block(name, stored[name].shape, (0,) * whole.dim(), whole, primary=True)
+        return self.rectangle(name, Rectangle.whole(stored[name].shape), part)
+
+    def rectangle(self, name: str, wanted: Rectangle, part: str = "model") -> Tensor:
+        """A part of a tensor that is there, on the CPU, read now; not collective."""
+        stored = self.tensors[part]
+        found = torch.empty(wanted.shape, dtype=DTYPES[stored[name].dtype])
+        block = Block(name, stored[name].shape, wanted.offset, found, primary=True)
         fill_blocks(self.folder, self.manifest, stored, [block])
-        return whole
-
-    def _explain(self, part: str, misfits: Sequence["_Misfit"], unused: Sequence[str]) -> str:
-        sections = [f"{self.folder} does not fit this model ({part}):"]
-        for title, found in (
-            ("not in the checkpoint", [name for misfit in misfits for name in misfit.missing]),
-            ("of another shape", [text for misfit in misfits for text in misfit.shapes]),
-            ("of another type", [text for misfit in misfits for text in misfit.dtypes]),
-            ("in the checkpoint only", unused),
-        ):
-            distinct = sorted(set(found))
-            if distinct:
-                more = f", and {len(distinct) - 10} more" if len(distinct) > 10 else ""
-                sections.append(f"  {len(distinct)} {title}: {', '.join(distinct[:10])}{more}")
-        sections.append("Give the model the options in this checkpoint's config.json, or load another checkpoint.")
-        return "\n".join(sections)
-
-
-@dataclass(frozen=True)
-class _Misfit:
-    """How what is asked for differs from what is stored."""
-
-    missing: list[str]
-    shapes: list[str]
-    dtypes: list[str]
-
-    @classmethod
-    def between(cls, blocks: Sequence[Block], stored: dict[str, StoredTensor], cast: bool) -> "_Misfit":
-        found = cls([], [], [])
-        for block in blocks:
-            tensor = stored.get(block.name)
-            if tensor is None:
-                found.missing.append(block.name)
-            elif tensor.shape != tuple(block.global_shape):
-                found.shapes.append(f"{block.name} (stored {list(tensor.shape)}, needed {list(block.global_shape)})")
-            elif DTYPES[tensor.dtype] != block.tensor.dtype:
-                floats = DTYPES[tensor.dtype].is_floating_point and block.tensor.dtype.is_floating_point
-                if not (cast and floats):
-                    way_out = "; pass cast=True to convert" if floats else ""
-                    found.dtypes.append(f"{block.name} (stored {tensor.dtype}, needed {block.tensor.dtype}{way_out})")
         return found
-
-    def any(self) -> bool:
-        return bool(self.missing or self.shapes or self.dtypes)

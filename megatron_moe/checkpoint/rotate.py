@@ -24,17 +24,26 @@ def stored_steps(root: Path) -> list[int]:
     """Steps of which there is a folder, newest first, valid or not."""
     if not root.is_dir():
         return []
-    found = [_STEP.fullmatch(name) for name in os.listdir(root)]
-    steps = {int(match[1]) for match in found if match and step_folder(root, int(match[1])).name == match[0]}
+    steps = {step for name in os.listdir(root) if (step := step_of(name)) is not None}
     return sorted(steps, reverse=True)
+
+
+def step_of(name: str) -> int | None:
+    """The step whose folder has this name; None for other names."""
+    match = _STEP.fullmatch(name)
+    return int(match[1]) if match and step_folder(Path(), int(match[1])).name == name else None
+
+
+def left_overs(root: Path) -> list[Path]:
+    """What saves and rotations that were cut short have left, or are at work on."""
+    names = sorted(os.listdir(root)) if root.is_dir() else []
+    return [root / name for name in names if _LEFT_OVER.fullmatch(name)]
 
 
 def sweep(storage: Storage, root: Path) -> None:
     """Remove what saves and rotations that were cut short have left; a failure is logged only."""
-    names = sorted(os.listdir(root)) if root.is_dir() else []
-    for name in names:
-        if _LEFT_OVER.fullmatch(name):
-            discard(storage, root / name)
+    for path in left_overs(root):
+        discard(storage, path)
 
 
 def discard(storage: Storage, path: Path) -> None:
@@ -62,6 +71,22 @@ def point_latest(storage: Storage, root: Path, step: int, mark: str) -> None:
         discard(storage, link)
 
 
+def remove_step(storage: Storage, root: Path, step: int) -> bool:
+    """Remove the checkpoint of a step; False if it stays, a failure is logged only."""
+    folder = step_folder(root, step)
+    going = folder.with_name(f"{folder.name}.tmp-removed")
+    discard(storage, going)
+    try:
+        # under another name first: a half-removed checkpoint is never seen
+        storage.rename(folder, going)
+        storage.sync_dir(root)
+    except OSError as error:
+        logger.warning("cannot remove the old checkpoint %s: %s", folder, error)
+        return False
+    discard(storage, going)
+    return True
+
+
 class Rotation:
     """Keeps the newest `keep` valid checkpoints; None keeps all. Invalid ones neither count nor go."""
 
@@ -81,18 +106,8 @@ class Rotation:
         for step in steps[self._keep :]:
             if step == committed:
                 continue
-            folder = step_folder(self._root, step)
-            going = folder.with_name(f"{folder.name}.tmp-removed")
-            discard(self._storage, going)
-            try:
-                # under another name first: a half-removed checkpoint is never seen
-                self._storage.rename(folder, going)
-                self._storage.sync_dir(self._root)
-            except OSError as error:
-                logger.warning("cannot remove the old checkpoint %s: %s", folder, error)
-                continue
-            self._valid.discard(step)
-            discard(self._storage, going)
+            if remove_step(self._storage, self._root, step):
+                self._valid.discard(step)
 
     def _is_valid(self, step: int) -> bool:
         if step not in self._valid:

@@ -5,7 +5,6 @@ save()              first rank makes step_XXXXXXXX.tmp-<run>-<attempt>; every ra
 commit_if_ready()   tables go to the first rank, which checks them, writes MANIFEST.json and renames the folder
 """
 
-import importlib.metadata
 import json
 import logging
 import os
@@ -24,6 +23,7 @@ from megatron_moe.checkpoint.messages import all_ready, gather_to_first, told_by
 from megatron_moe.checkpoint.rotate import Rotation, discard, point_latest, step_folder, sweep
 from megatron_moe.checkpoint.snapshot import take_snapshot
 from megatron_moe.checkpoint.storage import Storage, describe_failure, make_dirs
+from megatron_moe.checkpoint.stream import code_version
 from megatron_moe.checkpoint.write import RankTable, Share, write_share
 from megatron_moe.config.errors import CheckpointError, ConfigError, MegatronMoEError, StorageError
 from megatron_moe.parallel.blocks import Block
@@ -215,7 +215,7 @@ class CheckpointWriter:
         """What became of it, to be told to all ranks; never raises an Exception, for the others wait."""
         try:
             tables = [RankTable.from_text(text) for text in texts]
-            manifest = assemble(tables, self._run_id, flight.step, _code_version())
+            manifest = assemble(tables, self._run_id, flight.step, code_version())
             commit(self._storage, manifest, flight.folder, step_folder(self._root, flight.step))
         except OSError as error:
             return {"storage": describe_failure(error, flight.folder, 0)}
@@ -223,7 +223,7 @@ class CheckpointWriter:
             return {"storage": str(error)}
         except Exception as error:
             return {"check": str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"}
-        for twin, first in twin_experts(manifest.totals["experts"].get("model", {}))[:5]:
+        for twin, first in twin_experts(manifest.parts.get("model", {}))[:5]:
             logger.warning("step %d: experts %s and %s hold the same numbers", flight.step, first, twin)
         return {}
 
@@ -263,10 +263,3 @@ class CheckpointWriter:
     def _log(self, level: int, message: str, *values: object) -> None:
         if self._world.is_first:
             logger.log(level, message, *values)
-
-
-def _code_version() -> str:
-    try:
-        return importlib.metadata.version("megatron_moe")
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"

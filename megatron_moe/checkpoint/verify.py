@@ -21,7 +21,7 @@ Check = Literal["sizes", "xxh3", "sha256"]
 
 # JSON files are small; a larger one is an accident
 _TEXT_LIMIT_BYTES = 100_000_000
-_CHUNK_BYTES = 8 << 20
+CHUNK_BYTES = 8 << 20
 
 
 @contextmanager
@@ -67,23 +67,32 @@ class Papers:
 
 def look(folder: Path, step: int) -> tuple[Manifest, Papers]:
     """Read the manifest and the JSON files, and compare all sizes; no tensor is read. Raises CheckpointError."""
+    manifest, text = read_manifest(folder, step)
+    texts = {name: read_text(folder, manifest, name) for name in manifest.files if name in TEXT_FILES}
+    for name, file in manifest.files.items():
+        if name not in TEXT_FILES:
+            with opened(folder / name, file.size):
+                pass
+    return manifest, Papers(text, texts)
+
+
+def read_manifest(folder: Path, step: int) -> tuple[Manifest, str]:
+    """The manifest of a step's folder, and its text. Raises CheckpointError."""
     if not _is_folder(folder):
         raise CheckpointError(f"{folder.name} is not a folder that can be read")
     data = _read_small(folder / MANIFEST, None, MANIFEST_LIMIT_BYTES)
     manifest = parse_manifest(data)
     if manifest.step != step:
         raise CheckpointError(f"{MANIFEST} is that of step {manifest.step}, not of {folder.name}")
-    texts = {}
-    for name, file in manifest.files.items():
-        if name in TEXT_FILES:
-            text = _read_small(folder / name, file.size, _TEXT_LIMIT_BYTES)
-            if hashlib.sha256(text).hexdigest() != file.sha256:
-                raise CheckpointError(f"{name} is damaged or of another checkpoint: its SHA-256 is not the manifest's")
-            texts[name] = text.decode()
-        else:
-            with opened(folder / name, file.size):
-                pass
-    return manifest, Papers(data.decode(), texts)
+    return manifest, data.decode()
+
+
+def read_text(folder: Path, manifest: Manifest, name: str) -> str:
+    """A JSON file whose hash holds. Raises CheckpointError."""
+    text = _read_small(folder / name, manifest.files[name].size, _TEXT_LIMIT_BYTES)
+    if hashlib.sha256(text).hexdigest() != manifest.files[name].sha256:
+        raise CheckpointError(f"{name} is damaged or of another checkpoint: its SHA-256 is not the manifest's")
+    return text.decode()
 
 
 def _is_folder(path: Path) -> bool:
@@ -94,7 +103,7 @@ def _is_folder(path: Path) -> bool:
 
 
 @dataclass(frozen=True)
-class _Stretch:
+class Stretch:
     """Bytes of a file and the hash that they must have."""
 
     file: str
@@ -104,22 +113,23 @@ class _Stretch:
     what: str
 
 
-def _stretches(manifest: Manifest, check: Check) -> list[_Stretch]:
+def stretches_of(manifest: Manifest, check: Check) -> list[Stretch]:
+    """All bytes of all tensor files, in order; none for "sizes"."""
     tensor_files = {name: file for name, file in manifest.files.items() if name not in TEXT_FILES}
     if check == "sizes":
         return []
     if check == "sha256":
-        return [_Stretch(name, 0, file.size, file.sha256, "the file") for name, file in sorted(tensor_files.items())]
-    found = [_Stretch(name, 0, file.header, file.header_xxh3, "the header") for name, file in tensor_files.items()]
+        return [Stretch(name, 0, file.size, file.sha256, "the file") for name, file in sorted(tensor_files.items())]
+    found = [Stretch(name, 0, file.header, file.header_xxh3, "the header") for name, file in tensor_files.items()]
     for part, tensors in manifest.parts.items():
         for name, tensor in tensors.items():
             for piece in tensor.slices:
                 what = f"{part} tensor '{name}' {piece.rectangle}"
-                found.append(_Stretch(piece.file, piece.start, piece.length, piece.xxh3, what))
+                found.append(Stretch(piece.file, piece.start, piece.length, piece.xxh3, what))
     return sorted(found, key=lambda stretch: (stretch.file, stretch.start))
 
 
-def _share(stretches: list[_Stretch], rank: int, world_size: int) -> list[_Stretch]:
+def _share(stretches: list[Stretch], rank: int, world_size: int) -> list[Stretch]:
     """This rank's even share of the bytes, next to each other on the disk."""
     total = sum(stretch.length for stretch in stretches)
     mine, before = [], 0
@@ -133,18 +143,16 @@ def _share(stretches: list[_Stretch], rank: int, world_size: int) -> list[_Stret
 
 def check_share(folder: Path, manifest: Manifest, rank: int, world_size: int, check: Check) -> str:
     """Hash this rank's share of the files; returns what is wrong, "" when nothing is."""
-    scratch = np.empty(_CHUNK_BYTES, dtype=np.uint8)
+    scratch = np.empty(CHUNK_BYTES, dtype=np.uint8)
     problems: list[str] = []
-    mine = _share(_stretches(manifest, check), rank, world_size)
+    mine = _share(stretches_of(manifest, check), rank, world_size)
     for name in sorted({stretch.file for stretch in mine}):
         try:
             with opened(folder / name, manifest.files[name].size) as file:
-                head = np.empty(8, dtype=np.uint8)
-                read_exactly(file, head, 0)
-                if int.from_bytes(head.tobytes(), "little") != manifest.files[name].header - 8:
+                if header_length(file) != manifest.files[name].header:
                     problems.append(f"{name}: its header does not have the length that the manifest says")
                 for stretch in mine:
-                    if stretch.file == name and _digest(file, stretch, check, scratch) != stretch.digest:
+                    if stretch.file == name and digest_of(file, stretch, check, scratch) != stretch.digest:
                         problems.append(f"{name} is damaged or of another checkpoint: {stretch.what} has another hash")
         except CheckpointError as error:
             problems.append(str(error))
@@ -152,7 +160,15 @@ def check_share(folder: Path, manifest: Manifest, rank: int, world_size: int, ch
     return "; ".join(problems[:3]) + more
 
 
-def _digest(file: int, stretch: _Stretch, check: Check, scratch: Bytes) -> str:
+def header_length(file: int) -> int:
+    """Bytes before the first tensor, by what the file says."""
+    head = np.empty(8, dtype=np.uint8)
+    read_exactly(file, head, 0)
+    return 8 + int.from_bytes(head.tobytes(), "little")
+
+
+def digest_of(file: int, stretch: Stretch, check: Check, scratch: Bytes) -> str:
+    """Its hash as it is on the disk, read through `scratch`. Raises OSError, EOFError."""
     hasher = hashlib.sha256() if check == "sha256" else xxhash.xxh3_128()
     for start in range(0, stretch.length, len(scratch)):
         part = scratch[: min(len(scratch), stretch.length - start)]

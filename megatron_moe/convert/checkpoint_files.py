@@ -1,16 +1,8 @@
-"""The project's checkpoints as source and sink of single tensors.
-
-`CheckpointWriter` of the training loop copies all of a rank's tensors to host memory first; here they pass one by one
-into the same files, with the same manifest.
-"""
+"""The project's checkpoints as source and sink of single tensors."""
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
 import json
-import logging
-import os
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,25 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 from torch import Tensor
 
-from megatron_moe.checkpoint.commit import assemble, commit
 from megatron_moe.checkpoint.load import CheckpointReader
-from megatron_moe.checkpoint.manifest import StoredFile
-from megatron_moe.checkpoint.reshard import Rectangle
-from megatron_moe.checkpoint.rotate import discard, point_latest, step_folder
-from megatron_moe.checkpoint.storage import Storage, append, describe_failure, make_dirs, write_file
-from megatron_moe.checkpoint.tensor_file import DTYPE_NAMES, DTYPES, bytes_of, header_bytes
-from megatron_moe.checkpoint.write import HeldSlice, RankTable
-from megatron_moe.config.errors import ConfigError, StorageError
+from megatron_moe.checkpoint.stream import Piece, StreamedCheckpoint, streamed_checkpoint
+from megatron_moe.checkpoint.tensor_file import DTYPES, bytes_of
+from megatron_moe.checkpoint.write import RankTable
 from megatron_moe.convert.tensors import Shape
 
 PART = "model"
-FILE = "model-r00000.safetensors"
 STEP = 0
-
-log = logging.getLogger(__name__)
 
 
 class CheckpointSource:
@@ -70,63 +53,32 @@ class CheckpointSink:
     Tensors come in the order in which they were announced: the file is hashed as it is written.
     """
 
-    def __init__(self, folder: Path, tensors: Mapping[str, tuple[Shape, torch.dtype]], run_id: str) -> None:
-        self.folder = folder
-        self._storage = Storage()
-        self._run_id = run_id
-        self._tensors = dict(tensors)
-        self._coming = iter(tensors)
-        entries = [(name, DTYPE_NAMES[dtype], shape) for name, (shape, dtype) in tensors.items()]
-        self._head = header_bytes(entries, {"run_id": run_id, "step": str(STEP), "rank": "0"})
-        self._digest = hashlib.sha256(self._head)
-        self._position = len(self._head)
-        self._table = RankTable()
-        self._file = self._storage.create(folder / FILE)
-        append(self._storage, self._file, memoryview(self._head))
+    def __init__(self, made: StreamedCheckpoint, tensors: Mapping[str, tuple[Shape, torch.dtype]]) -> None:
+        self._made = made
+        self._pieces = [Piece.whole(name, dtype, shape) for name, (shape, dtype) in tensors.items()]
+        self._coming = iter(self._pieces)
+        self._file = made.file(PART, 0, self._pieces)
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Append a tensor; ValueError if it is not the next one that was announced."""
-        shape, dtype = self._tensors[name]
-        if next(self._coming, None) != name or tuple(tensor.shape) != shape or tensor.dtype != dtype:
+        piece = next(self._coming, None)
+        if piece is None or piece != Piece.whole(name, tensor.dtype, tuple(tensor.shape)):
             raise ValueError(f"{name} {tuple(tensor.shape)} {tensor.dtype} is not what was announced here")
-        data = bytes_of(tensor.contiguous()).data
-        append(self._storage, self._file, data)
-        self._digest.update(data)
-        whole = Rectangle((0,) * len(shape), shape)
-        digest = xxhash.xxh3_128_hexdigest(data)
-        word = DTYPE_NAMES[dtype]
-        self._table.slices.append(
-            HeldSlice(PART, name, word, shape, whole, True, digest, FILE, self._position, len(data))
-        )
-        self._position += len(data)
+        self._file.write(piece, iter([bytes_of(tensor.contiguous())]))
 
     def finish(self, config_json: str, state: Mapping[str, Any], data: Mapping[str, Any]) -> None:
         """Write the JSON files and the manifest, and make the checkpoint visible by a rename."""
         missing = next(self._coming, None)
         if missing is not None:
-            raise ValueError(f"{missing} was announced and never came")
-        self._storage.fsync(self._file)
-        self.close()
-        header = xxhash.xxh3_128_hexdigest(self._head)
-        self._table.files[FILE] = StoredFile(self._position, self._digest.hexdigest(), len(self._head), header)
+            raise ValueError(f"{missing.name} was announced and never came")
+        table = RankTable()
+        self._file.finish(table)
         texts = {
-            "state.json": json.dumps(state, indent=1).encode(),
-            "config.json": config_json.encode(),
-            "data.json": json.dumps(data, indent=1).encode(),
+            "state.json": json.dumps(state, indent=1),
+            "config.json": config_json,
+            "data.json": json.dumps(data, indent=1),
         }
-        for name, text in texts.items():
-            write_file(self._storage, self.folder / name, memoryview(text))
-            self._table.files[name] = StoredFile(len(text), hashlib.sha256(text).hexdigest())
-        root = self.folder.parent
-        manifest = assemble([self._table], self._run_id, STEP, _code_version())
-        commit(self._storage, manifest, self.folder, step_folder(root, STEP))
-        point_latest(self._storage, root, STEP, self._run_id)
-
-    def close(self) -> None:
-        """Close the file; a second time does nothing."""
-        if self._file >= 0:
-            self._storage.close(self._file)
-            self._file = -1
+        self._made.finish([table], texts)
 
 
 @contextmanager
@@ -135,30 +87,7 @@ def new_checkpoint(root: Path, tensors: Mapping[str, tuple[Shape, torch.dtype]])
 
     ConfigError if `root` has a step 0 already; StorageError if the disk is full or cannot be written.
     """
-    final = step_folder(root, STEP)
-    if os.path.lexists(final):
-        raise ConfigError(f"--save {root} has {final.name} already, which is not overwritten; give another directory.")
     run_id = f"import-{uuid.uuid4().hex[:12]}"
-    folder = root / f"{final.name}.tmp-{run_id}-1"
     need = sum(prod(shape) * dtype.itemsize for shape, dtype in tensors.values())
-    storage = Storage()
-    sink = None
-    try:
-        make_dirs(storage, root)
-        storage.make_dir(folder)
-        sink = CheckpointSink(folder, tensors, run_id)
-        yield sink
-    except OSError as error:
-        raise StorageError(describe_failure(error, folder, need)) from error
-    finally:
-        if sink is not None:
-            sink.close()
-        if folder.exists():
-            discard(storage, folder)
-
-
-def _code_version() -> str:
-    try:
-        return importlib.metadata.version("megatron_moe")
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+    with streamed_checkpoint(root, STEP, run_id, mark=f"{run_id}-1", need=need, flag="--save") as made:
+        yield CheckpointSink(made, tensors)

@@ -55,7 +55,7 @@ def load_model(
     spec = replace(spec, dtype=kept, layers=layers, sequence_parallel=False)
     stages = build_stages(spec, state)
     initialise_stages(stages, state, config.training.seed, device)
-    reader.fill(module_blocks(stages, state), "model", cast=dtype is not None)
+    reader.fill_all(module_blocks(stages, state), cast=dtype is not None)
     for stage in stages:
         stage.eval().requires_grad_(False)
     return LoadedModel(config, spec, stages, state, device, reader.step)

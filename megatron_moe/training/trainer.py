@@ -10,6 +10,7 @@ import torch
 import xxhash
 
 from megatron_moe.checkpoint.load import CheckpointReader
+from megatron_moe.checkpoint.names import folded
 from megatron_moe.checkpoint.save import CheckpointWriter
 from megatron_moe.config.errors import ConfigError, DataError, NonFiniteError, StorageError
 from megatron_moe.config.optional import require
@@ -20,6 +21,7 @@ from megatron_moe.data.gpt_dataset import Dataset
 from megatron_moe.data.loader import Loader
 from megatron_moe.data.sampler import Sampler
 from megatron_moe.data.tokenizer import build_tokenizer
+from megatron_moe.parallel.blocks import Block
 from megatron_moe.parallel.state import ParallelState
 from megatron_moe.training.console import StepRecord, log_line
 from megatron_moe.training.engine import Engine, StepResult
@@ -261,12 +263,18 @@ class Trainer:
             with together(self.state.world, self.device):
                 check_same_run(reader, self.config)
                 check_same_data(reader, self._fingerprints)
-        self.engine.fill_weights(lambda blocks: reader.fill(blocks, "model", cast=wanted.finetune))
+
+        def fill(blocks: list[Block]) -> None:
+            spare = reader.fill_all(blocks, cast=wanted.finetune, unused="name" if wanted.finetune else "refuse")
+            if spare:
+                logger.warning("not read from %s: %s", reader.folder, ", ".join(folded(spare)))
+
+        self.engine.fill_weights(fill)
         if wanted.finetune:
             logger.info("weights of step %d read from %s; starting at step 0", reader.step, wanted.load_directory)
             return
         if not wanted.no_load_optim:
-            reader.fill(self.engine.optimizer.blocks(), "optim")
+            reader.fill_all(self.engine.optimizer.blocks(), "optim")
             self.engine.optimizer.load_state_dict(reader.state["optimizer"])
         self.step = int(reader.state["step"])
         self.loader.load_state_dict(reader.state["loader"])

@@ -11,6 +11,7 @@ import torch
 from ranks import run_on_ranks
 
 from megatron_moe.checkpoint.load import find_checkpoint
+from megatron_moe.checkpoint.rewrite import reshard
 from megatron_moe.checkpoint.save import CheckpointWriter
 from megatron_moe.checkpoint.storage import Storage
 from megatron_moe.config.errors import CheckpointError, StorageError
@@ -204,3 +205,27 @@ def test_all_ranks_leave_a_valid_step_and_replace_a_broken_one(tmp_path: Path) -
     (tmp_path / "step_00000030" / "model-r00001.safetensors").unlink()
     assert run_on_ranks(2, check_resave, tmp_path) == [[30, "again"]] * 2
     assert newest(tmp_path, ALONE).step == 30
+
+
+def check_account(rank: int, world_size: int, root: Path, same_half: bool) -> str:
+    reader = find_checkpoint(root, None, world_of(world_size))
+    wanted = rank_parts(0 if same_half else rank, world_size, 0, fill=True)
+    try:
+        for part in ("model", "optim"):
+            reader.fill_all(wanted[part], part)
+    except CheckpointError as error:
+        return str(error)
+    expected = rank_parts(rank, world_size, 30)
+    pairs = [pair for part in expected for pair in zip(wanted[part], expected[part], strict=True)]
+    return "filled" if all(torch.equal(found.tensor, block.tensor) for found, block in pairs) else "other numbers"
+
+
+def test_ranks_that_fill_the_same_half_twice_are_refused_together(tmp_path: Path) -> None:
+    run_on_ranks(2, check_save, tmp_path / "saved", False)
+    for ranks in (1, 3):
+        reshard(newest(tmp_path / "saved"), tmp_path / f"{ranks}", ranks)
+        assert run_on_ranks(2, check_account, tmp_path / f"{ranks}", False) == ["filled"] * 2
+    one, two = run_on_ranks(2, check_account, tmp_path / "saved", True)
+    assert one == two
+    # each rank is the first holder of what it asks for: rows 0 to 4, twice
+    assert "not filled exactly once: " in one and "w ([0:4, 0:6] and [0:4, 0:6] overlap)" in one
