@@ -18,7 +18,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-from megatron_moe.optim.gradients import GradientBuckets, aligned, wide_dtype
+from megatron_moe.optim.bucket import aligned, wide_dtype
+from megatron_moe.optim.gradients import GradientBuckets
 from megatron_moe.optim.owned import OwnBucket
 from megatron_moe.parallel.blocks import Block, module_blocks
 from megatron_moe.parallel.communicator import Torch

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_moe.config.optimizer import OptimizerConfig
 from megatron_moe.optim.adamw import AdamWSegment, adamw_
-from megatron_moe.optim.gradients import wide_dtype
+from megatron_moe.optim.bucket import wide_dtype
 from megatron_moe.optim.owned import Gradients, OwnBucket, Part
 from megatron_moe.parallel.blocks import Block
 

@@ -15,7 +15,8 @@ from megatron_moe.config.stages import schedule_name
 from megatron_moe.config.world import check_world
 from megatron_moe.models.build import gpt_spec, stage_parts
 from megatron_moe.models.gpt import GPTStage
-from megatron_moe.optim.gradients import GradientBuckets, wide_dtype
+from megatron_moe.optim.bucket import wide_dtype
+from megatron_moe.optim.gradients import GradientBuckets
 from megatron_moe.parallel.communicator import Recording
 from megatron_moe.parallel.grid import Grid
 from megatron_moe.parallel.layout import layout_of

@@ -17,7 +17,8 @@ from optim.toy_model import (
 from ranks import run_on_ranks
 from torch import nn
 
-from megatron_moe.optim.gradients import ALIGNMENT, Bucket, GradientBuckets, wide_dtype
+from megatron_moe.optim.bucket import ALIGNMENT, Bucket, wide_dtype
+from megatron_moe.optim.gradients import GradientBuckets
 from megatron_moe.parallel.grid import Grid
 from megatron_moe.parallel.layout import Init, ParamLayout, new_parameter
 from megatron_moe.parallel.state import ParallelState

@@ -9,8 +9,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from megatron_moe.config.optimizer import OptimizerConfig
+from megatron_moe.optim.bucket import NamedParameter
 from megatron_moe.optim.clip import clip_
-from megatron_moe.optim.gradients import GradientBuckets, NamedParameter
+from megatron_moe.optim.gradients import GradientBuckets
 from megatron_moe.optim.zero import ShardedAdamW
 from megatron_moe.parallel.blocks import Block, module_blocks
 from megatron_moe.parallel.layout import Init, ParamLayout, materialise, new_parameter

@@ -20,8 +20,9 @@ from megatron_moe.models import build
 from megatron_moe.moe import losses
 from megatron_moe.moe.routers import router
 from megatron_moe.optim import clip
+from megatron_moe.optim.bucket import Bucket
 from megatron_moe.optim.fully_sharded import ShardedParameter
-from megatron_moe.optim.gradients import Bucket, GradientBuckets
+from megatron_moe.optim.gradients import GradientBuckets
 from megatron_moe.parallel import collectives
 from megatron_moe.parallel.arrival import Landed
 from megatron_moe.parallel.in_pieces import places

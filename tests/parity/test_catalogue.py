@@ -19,7 +19,7 @@ from megatron_moe.layers import cross_attention
 from megatron_moe.layers.linear import linear
 from megatron_moe.moe import experts, layer, losses
 from megatron_moe.moe.plan import TokenInfo
-from megatron_moe.optim.gradients import Bucket
+from megatron_moe.optim.bucket import Bucket
 from megatron_moe.parallel.layout import ParamLayout
 from megatron_moe.training import objective
 from megatron_moe.training.objective import GlobalCounts

@@ -20,7 +20,7 @@ from torch.autograd import Function
 from megatron_moe.certify.tiny_model import VOCAB, samples, tiny_config
 from megatron_moe.config.run import RunConfig
 from megatron_moe.layers.weight_gradients import WeightGradients
-from megatron_moe.optim.gradients import layer_of
+from megatron_moe.optim.bucket import layer_of
 from megatron_moe.parallel.state import ParallelState
 from megatron_moe.training.engine import Engine, grid_of
 
