@@ -158,7 +158,7 @@ class IndexedDatasetWriter:
             index.write(boundaries.astype("<i8", copy=False).data)
 
     def _refuse_existing(self) -> None:
-        existing = [str(path) for path in (bin_path(self.prefix), idx_path(self.prefix)) if path.exists()]
+        existing = [str(path) for path in (bin_path(self.prefix), idx_path(self.prefix)) if os.path.exists(path)]
         if existing and not self._overwrite:
             raise ConfigError(
                 f"{' and '.join(existing)} already there; nothing is overwritten. Choose another --output-prefix, "
@@ -197,6 +197,8 @@ class _storage:
 
 
 def _open_partial(path: Path) -> BinaryIO:
+    if "\0" in str(path):
+        raise ConfigError(f"{str(path)!r} is no name of a file: it has a NUL in it; choose another --output-prefix.")
     with _storage(path, "open a file"):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("ab")
