@@ -73,7 +73,7 @@ class Trainer:
         train = self._dataset("train")
         found = {"tokenizer": self.tokenizer.fingerprint(), "training corpus": train.fingerprint()}
         tokens = train.tokens_fingerprint()
-        return found if tokens is None else found | {"training tokens": tokens}
+        return found if tokens is None else found | {"training text": tokens}
 
     def _check_early(self) -> None:
         """What would otherwise stop the run in the middle, or on the first rank alone."""
