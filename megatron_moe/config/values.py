@@ -72,14 +72,14 @@ def conforms(kind: type, value: object) -> bool:
 
 
 def _is_text(value: object) -> bool:
-    """A string that a file's name or a log can hold: without NUL, and without the half characters that JSON can write.
+    """A string that a file's name and a log can hold: without NUL, in UTF-8.
 
-    Bytes that are no UTF-8 in a name on the command line are told by halves of their own, which may stay.
+    JSON can write half characters, and stray bytes of a command line become some: a saved configuration holds neither.
     """
     if not isinstance(value, str) or "\0" in value:
         return False
     try:
-        value.encode(errors="surrogateescape")
+        value.encode()
     except UnicodeEncodeError:
         return False
     return True

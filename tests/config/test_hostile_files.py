@@ -13,7 +13,7 @@ from megatron_moe.config import recipe
 from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.run import RunConfig
 from megatron_moe.config.sections import all_settings
-from tests.config.example import SPARSE, tables
+from tests.config.example import DENSE_FLAGS, SPARSE, tables
 
 ODD = st.sampled_from(["\0", "\ud800", "9" * 50, "-1", "nan"])
 SCALARS = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8), ODD)
@@ -29,7 +29,7 @@ def outcome(load: Any) -> str:
         load()
     except ConfigError as error:
         assert len(str(error)) < 2000
-        str(error).encode(errors="surrogateescape")
+        str(error).encode()
         return "refused"
     return "run"
 
@@ -74,6 +74,8 @@ FILES = {
     "date.toml": b"[model]\nnum_layers = 2026-01-01",
     "nul.json": b'{"checkpoint": {"save": "a\\u0000b"}}',
     "nul in a list.json": b'{"data": {"data_path": ["a\\u0000b"]}}',
+    "long path.json": b'{"checkpoint": {"save": "' + b"a" * 256 + b'"}}',
+    "deep path.json": b'{"checkpoint": {"save": "' + b"a/" * 3000 + b'"}}',
     "half a letter.json": b'{"checkpoint": {"save": "\\ud800"}}',
     "long word.json": b'{"model": {"' + b"a" * 1_000_000 + b'": 1}}',
     "long name.json": b'{"' + b"a" * 1_000_000 + b'": 1}',
@@ -87,6 +89,19 @@ def test_hostile_files_are_refused_in_a_few_words(name: str, tmp_path: Path) -> 
     path = tmp_path / name
     path.write_bytes(FILES[name])
     assert outcome(lambda: RunConfig.load(["--config", str(path)])) == "refused"
+
+
+@pytest.mark.parametrize("flag", ["--save", "--load", "--log-dir", "--data-path", "--tokenizer-model"])
+@pytest.mark.parametrize("word", ["a\udcffb", "a\0b"])
+def test_words_of_the_command_line_are_text(flag: str, word: str) -> None:
+    with pytest.raises(ConfigError, match=f"{flag}.*expected a"):
+        RunConfig.load([*DENSE_FLAGS, flag, word])
+
+
+def test_a_path_that_no_file_system_takes_is_refused_by_its_length() -> None:
+    with pytest.raises(ConfigError, match="--load b/aaa.*up to 255 bytes and paths up to 3900, not 256 and 258"):
+        RunConfig.load([*DENSE_FLAGS, "--load", "b/" + "a" * 256])
+    RunConfig.load([*DENSE_FLAGS, "--save", "b/" + "a" * 255])
 
 
 def test_an_endless_file_is_not_read_to_its_end(tmp_path: Path) -> None:
