@@ -1,7 +1,10 @@
 """Shows what is in token files (.bin/.idx): counts, lengths, a document; --verify reads and checks every byte.
 
+A pair that Megatron wrote gets its hashes (.hashes.json), by which damage is found, with --write-hashes.
+
 Examples:
     python tools/inspect_dataset.py data/corpus_text_document --verify
+    python tools/inspect_dataset.py data/from_megatron --write-hashes
     python tools/inspect_dataset.py data/corpus_text_document --document 3 --tokenizer-type ByteTokenizer
     python tools/inspect_dataset.py data/corpus_text_document --token-counts counts.npy --vocab-size 50304
 """
@@ -18,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from megatron_moe.config.errors import ConfigError, DataError, MegatronMoEError, StorageError
+from megatron_moe.data.hashes import hash_pair, hashes_path, write_beside
 from megatron_moe.data.indexed_dataset import CHUNK, IndexedDataset, IntArray
 from megatron_moe.data.tokenizer import TOKENIZER_TYPES, TokenizerFiles, open_tokenizer
 
@@ -38,10 +42,34 @@ def summary(dataset: IndexedDataset) -> dict[str, Any]:
 
 
 def verify(dataset: IndexedDataset, *, vocab_size: int | None) -> dict[str, Any]:
-    """Checks the whole index and reads every token; DataError if one is outside the vocabulary."""
+    """Compares every byte with its hash, where there are some, checks the whole index and reads every token.
+
+    DataError for damage, or a token outside the vocabulary.
+    """
+    hashes: dict[str, Any] = {"hashes": "none: write them with --write-hashes"}
+    if dataset.checker is not None:
+        speed = dataset.checker.check_all()
+        hashes = {"hashes": "all right", "read_gb_per_s": round(speed.read_gb_per_s, 2)}
+        hashes["read_and_hashed_gb_per_s"] = round(speed.verified_gb_per_s, 2)
     dataset.verify_index()
     largest = max((int(np.max(piece)) for piece in checked_pieces(dataset, vocab_size=vocab_size)), default=-1)
-    return {"verified": True, "largest_token": largest}
+    return {"verified": True, "largest_token": largest, **hashes}
+
+
+def write_hashes(dataset: IndexedDataset) -> dict[str, Any]:
+    """Writes the hashes of a pair that has none; ConfigError if it has some, which are never replaced in passing."""
+    path = hashes_path(dataset.prefix)
+    if dataset.checker is not None:
+        raise ConfigError(
+            f"{path} is there already; --verify compares the pair with it. If the pair was changed on purpose, "
+            "delete that file first."
+        )
+    dataset.verify_index()
+    try:
+        write_beside(path, hash_pair(dataset.idx_path, dataset.bin_path).to_bytes())
+    except OSError as error:
+        raise StorageError(f"{path} cannot be written: {error.strerror or error}; nothing was left there.") from error
+    return {"hashes": str(path)}
 
 
 def checked_pieces(dataset: IndexedDataset, *, vocab_size: int | None) -> Iterator[IntArray]:
@@ -95,6 +123,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("prefix", help="path without .bin/.idx")
     parser.add_argument("--verify", action="store_true", help="check the whole index and read every token")
+    parser.add_argument("--write-hashes", action="store_true", help="write <prefix>.hashes.json for a pair without")
     parser.add_argument("--document", type=int, metavar="N", help="show document N, from 0")
     parser.add_argument(
         "--token-counts", metavar="FILE.npy", help="write how often each id occurs, for the router hash"
@@ -119,6 +148,9 @@ def inspect(given: argparse.Namespace) -> dict[str, Any]:
     if files.kind and (given.verify or given.token_counts):
         sizes.append(open_tokenizer(files).vocab_size)
     vocab_size = min((size for size in sizes if size), default=None)
+    if given.write_hashes:
+        found |= write_hashes(dataset)
+        dataset = IndexedDataset(given.prefix)
     if given.verify:
         found |= verify(dataset, vocab_size=vocab_size)
     if given.token_counts:

@@ -1,10 +1,14 @@
 """Where checkpoints go and come from."""
 
+import os
 from dataclasses import dataclass
 from typing import ClassVar
 
 from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.options import check_values, option
+
+# bytes that Linux's file systems allow in a name, and a path; a checkpoint's own names take up to a hundred below it
+LONGEST_NAME, LONGEST_PATH = 255, 3900
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +35,8 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         check_values(self)
+        for flag, path in (("--save", self.save), ("--load", self.load)):
+            _check_length(flag, path)
         if self.save_interval is not None and self.save is None:
             raise ConfigError(f"--save-interval {self.save_interval} needs a directory to save to; give --save.")
         if self.load == "latest" and self.save is None:
@@ -40,3 +46,13 @@ class CheckpointConfig:
     def load_directory(self) -> str | None:
         """The directory to read from, with `latest` resolved; None = start afresh."""
         return self.save if self.load == "latest" else self.load
+
+
+def _check_length(flag: str, path: str | None) -> None:
+    """ConfigError for a path that no file system takes."""
+    longest = max((len(os.fsencode(name)) for name in path.split("/")), default=0) if path else 0
+    if path and (longest > LONGEST_NAME or len(os.fsencode(path)) > LONGEST_PATH):
+        raise ConfigError(
+            f"{flag} {path[:60]}...: names have up to {LONGEST_NAME} bytes and paths up to {LONGEST_PATH}, not "
+            f"{longest} and {len(os.fsencode(path))}; give a shorter one."
+        )

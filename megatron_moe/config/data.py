@@ -45,6 +45,12 @@ class DataConfig:
     )
     vocab_file: str | None = option(None, "vocab.json of GPT2BPETokenizer")
     merge_file: str | None = option(None, "merges.txt of GPT2BPETokenizer")
+    verify_data: str = option(
+        "lazy",
+        "hashes of a corpus (<prefix>.hashes.json, where there are some): lazy = the index is compared at the start, "
+        "the tokens block by block when they are first read; off = nothing is",
+        choices=("lazy", "off"),
+    )
     num_workers: int = option(0, "background threads that read samples ahead; 0 = none", at_least=0)
     eod_mask_loss: bool = option(False, "no loss on the token that ends a document")
     reset_position_ids: bool = option(False, "count positions from 0 again after each document's end")

@@ -105,6 +105,10 @@ MEGATRON_FLAGS = {
 }
 
 
+# no option is as long, and comparing takes as the square of the length
+LONGEST_WORD = 80
+
+
 def did_you_mean(word: str, names: Iterable[str]) -> str:
     """ "; did you mean 'router_topk'?", or nothing when no name is near."""
     name = nearest(word, names)
@@ -113,6 +117,8 @@ def did_you_mean(word: str, names: Iterable[str]) -> str:
 
 def nearest(word: str, names: Iterable[str]) -> str | None:
     """The name most like the word, spelt with dashes or underscores; None when none is much like it."""
+    if len(word) > LONGEST_WORD:
+        return None
     plain = _plain(word)
     best, best_score = None, 0.0
     for name in names:

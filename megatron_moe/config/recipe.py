@@ -12,13 +12,20 @@ from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.hints import did_you_mean, nearest
 from megatron_moe.config.options import Setting, settings_of
 from megatron_moe.config.sections import section_types
-from megatron_moe.config.values import brief, normalise
+from megatron_moe.config.values import brief, normalise, shortened
+
+# of a recipe; a saved configuration has a few thousand
+LIMIT_BYTES = 10_000_000
 
 
 def read_tables(path: Path) -> object:
     """The tables of a .toml or .json file, as yet unchecked. ConfigError if it is not what its name says."""
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            content = file.read(LIMIT_BYTES + 1)
+        if len(content) > LIMIT_BYTES:
+            raise ConfigError(f"--config {path}: more than {LIMIT_BYTES:,} bytes, which no recipe has; look into it.")
+        text = content.decode()
     except OSError as error:
         raise ConfigError(f"--config {path}: {error.strerror or error}; give a file that can be read.") from error
     except UnicodeDecodeError as error:
@@ -76,6 +83,7 @@ def _checked(source: str, section: str, setting: Setting, value: object) -> Any:
 
 def _unknown_table(source: str, word: str, content: object) -> str:
     owners = [section for section, kind in section_types().items() if word in settings_of(kind)]
+    word = shortened(word)
     if isinstance(content, Mapping):
         return f"{source}: there is no table [{word}]{did_you_mean(word, section_types()) or '.'}"
     if owners:
@@ -84,7 +92,7 @@ def _unknown_table(source: str, word: str, content: object) -> str:
 
 
 def _unknown_key(source: str, section: str, name: str, known: Mapping[str, Setting]) -> str:
-    problem = f"{source}: [{section}] has no option '{name}'"
+    problem = f"{source}: [{section}] has no option '{shortened(name)}'"
     owners = [other for other, kind in section_types().items() if name in settings_of(kind)]
     if owners:
         return f"{problem}; it belongs under [{owners[0]}]."

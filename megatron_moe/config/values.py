@@ -58,15 +58,31 @@ def describe(kind: type, optional: bool, choices: Sequence[str], allowed: Range)
 
 def conforms(kind: type, value: object) -> bool:
     """Whether a value has the type of its field. A bool is no integer here, and NaN and infinity are no numbers."""
-    if kind is bool or kind is str:
-        return isinstance(value, kind)
+    if kind is str:
+        return _is_text(value)
+    if kind is bool:
+        return isinstance(value, bool)
     if kind is int:
         return isinstance(value, int) and not isinstance(value, bool)
     if kind is float:
         return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if kind is tuple:
-        return isinstance(value, tuple) and all(isinstance(item, str) for item in value)
-    return isinstance(value, dict) and all(isinstance(item, str) for pair in value.items() for item in pair)
+        return isinstance(value, tuple) and all(_is_text(item) for item in value)
+    return isinstance(value, dict) and all(_is_text(item) for pair in value.items() for item in pair)
+
+
+def _is_text(value: object) -> bool:
+    """A string that a file's name and a log can hold: without NUL, in UTF-8.
+
+    JSON can write half characters, and stray bytes of a command line become some: a saved configuration holds neither.
+    """
+    if not isinstance(value, str) or "\0" in value:
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def normalise(kind: type, value: object) -> object:
@@ -110,8 +126,13 @@ def written(value: Any) -> str:
 
 def brief(value: Any) -> str:
     """A value as written, cut where it would drown an error message."""
-    text = written(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    return shortened(written(value))
+
+
+def shortened(text: str) -> str:
+    """A word from a file as an error message can hold it: of bounded length, half characters spelt out."""
+    printable = text[:81].encode(errors="backslashreplace").decode()
+    return printable if len(text) <= 80 else f"{printable[:77]}..."
 
 
 def _as_text(value: object) -> object:

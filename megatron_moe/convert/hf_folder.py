@@ -17,16 +17,22 @@ from megatron_moe.convert.tensors import Shape
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+# the index of the largest models has a few MB
+JSON_LIMIT_BYTES = 100_000_000
 FLOAT_WORDS = ("F64", "F32", "F16", "BF16")
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; DataError says what is wrong with the file."""
     try:
-        value = json.loads(path.read_bytes())
+        with path.open("rb") as file:
+            text = file.read(JSON_LIMIT_BYTES + 1)
+        if len(text) > JSON_LIMIT_BYTES:
+            raise DataError(f"{path} has more than {JSON_LIMIT_BYTES:,} bytes, which no model's has; look into it.")
+        value = json.loads(text)
     except FileNotFoundError:
         raise DataError(f"there is no {path}; give the folder that `save_pretrained` wrote.") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} cannot be read as JSON ({error}); copy the folder again.") from error
     if not isinstance(value, dict):
         raise DataError(f"{path} must hold a JSON object, not a {type(value).__name__}; copy the folder again.")

@@ -28,7 +28,9 @@ def build_datasets(config: RunConfig, tokenizer: Tokenizer) -> dict[str, Dataset
         raise ConfigError(
             "--data-path is empty; give the prefix of a .bin/.idx pair that tools/preprocess_data.py wrote."
         )
-    corpora = [IndexedDataset(prefix) for prefix in config.data.prefixes]
+    corpora = [
+        IndexedDataset(prefix, use_hashes=config.data.verify_data == "lazy") for prefix in config.data.prefixes
+    ]
     ranges = [split_ranges(config.data.split_fractions, corpus.num_sequences) for corpus in corpora]
     build = partial(_build_split, options=options, weights=config.data.weights, seed=config.training.seed)
     return {

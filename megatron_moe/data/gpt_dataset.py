@@ -95,6 +95,10 @@ class TokenStream:
         """Tokens start..stop-1 of the stream, as stored."""
         return self.corpus.tokens(self._start + start, self._start + stop)
 
+    def place(self, token: int) -> int:
+        """Where a token of the stream stands in the corpus."""
+        return self._start + token
+
     def document_starts(self, start: int, stop: int) -> IntArray:
         """Where documents begin strictly between `start` and `stop`, from `start` on; reads O(log corpus) entries."""
         corpus, size = self.corpus, self.corpus.dtype.itemsize
@@ -121,14 +125,24 @@ class Dataset(ABC):
     def fingerprint(self) -> str:
         """Changes when any corpus below does; kept in checkpoints. Reads the whole index: ask once."""
 
+    @abstractmethod
+    def tokens_fingerprint(self) -> str | None:
+        """Changes when any token of a corpus below does; None where one has no hashes."""
+
     def get(self, indices: Sequence[int]) -> Batch:
         """These samples as one microbatch."""
-        samples = [self.sample(index) for index in indices]
+        samples = [self._sample(index) for index in indices]
         streams: dict[str, Inputs] = {"decoder": Stream(**_stacked(Stream, samples))}
         encoders = [sample.encoder for sample in samples if sample.encoder is not None]
         if encoders:
             streams["encoder"] = Inputs(**_stacked(Inputs, encoders))
         return Batch(streams=streams, sample_ids=torch.tensor(list(indices), dtype=torch.int64))
+
+    def _sample(self, index: int) -> Sample:
+        try:
+            return self.sample(index)
+        except DataError as error:
+            raise DataError(f"sample {index} of the run: {error}") from error
 
 
 def _stacked(kind: type[Inputs], samples: Sequence[InputSample]) -> dict[str, Any]:
@@ -173,6 +187,10 @@ class GPTDataset(Dataset):
         """A hash of the fingerprints of the corpora."""
         return _combine([stream.corpus.fingerprint() for stream in self.streams])
 
+    def tokens_fingerprint(self) -> str | None:
+        """A hash of those of the corpora."""
+        return _combine_known([stream.corpus.tokens_fingerprint() for stream in self.streams])
+
     def _make_permutation(self, epoch: int) -> Permutation:
         return Permutation(self.num_samples, key=self._random.at(step=epoch).key())
 
@@ -194,6 +212,10 @@ class BlendedDataset(Dataset):
         """A hash of the fingerprints of the parts."""
         return _combine([dataset.fingerprint() for dataset in self.datasets])
 
+    def tokens_fingerprint(self) -> str | None:
+        """A hash of those of the parts."""
+        return _combine_known([dataset.tokens_fingerprint() for dataset in self.datasets])
+
 
 def num_windows(stream: TokenStream, options: SampleOptions) -> int:
     """Whole windows in a stream."""
@@ -205,9 +227,10 @@ def read_window(stream: TokenStream, window: int, options: SampleOptions, vocab_
     start = window * options.window
     values = stream.tokens(start, start + options.window + options.shared).astype(np.int64)
     if int(values.max()) >= vocab_size or int(values.min()) < 0:
-        bad = int(values.max()) if int(values.max()) >= vocab_size else int(values.min())
+        at = int(np.flatnonzero((values >= vocab_size) | (values < 0))[0])
         raise DataError(
-            f"{stream.corpus.bin_path} holds token {bad}, but the vocabulary ends at {vocab_size - 1}: "
+            f"{stream.corpus.bin_path} holds token {values[at]} as number {stream.place(start + at)} of its tokens, "
+            f"but the vocabulary ends at {vocab_size - 1}: "
             "the corpus was made with another tokenizer, or is damaged. Name the tokenizer that it was made with."
         )
     return values
@@ -236,3 +259,8 @@ def read_sample(stream: TokenStream, window: int, options: SampleOptions) -> Sam
 
 def _combine(parts: Sequence[str]) -> str:
     return parts[0] if len(parts) == 1 else xxhash.xxh3_128_hexdigest("\n".join(parts).encode())
+
+
+def _combine_known(parts: Sequence[str | None]) -> str | None:
+    known = [part for part in parts if part is not None]
+    return _combine(known) if len(known) == len(parts) else None

@@ -19,13 +19,14 @@ import os
 import struct
 import weakref
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xxhash
 
 from megatron_moe.config.errors import DataError
+from megatron_moe.data.hashes import BlockChecker, hash_file, hashes_path, read_hashes, way_out
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
@@ -102,10 +103,12 @@ class IndexedDataset:
     """A corpus on disk; opening reads a header and a bounded part of the index, whatever the corpus's size.
 
     Sequences stand in .bin without gaps, so the corpus is one token stream: tokens(start, stop) reads from it directly.
-    Raises DataError if the pair is missing, cut or inconsistent.
+    Where hashes stand beside the pair (data/hashes.py), .idx is compared with its own now, and each block of .bin when
+    it is first read; use_hashes=False leaves them unread.
+    Raises DataError if the pair is missing, cut, inconsistent or not what its hashes say.
     """
 
-    def __init__(self, prefix: str | Path) -> None:
+    def __init__(self, prefix: str | Path, *, use_hashes: bool = True) -> None:
         self.prefix = str(prefix)
         self.idx_path, self.bin_path = idx_path(prefix), bin_path(prefix)
         _require_pair(self.prefix)
@@ -127,6 +130,8 @@ class IndexedDataset:
             self.verify_index()
         self._file = _open_random_access(self.bin_path)
         weakref.finalize(self, os.close, self._file)
+        self.checker = self._open_checker() if use_hashes else None
+        self.verified |= self.checker is not None
 
     def __len__(self) -> int:
         return self.num_sequences
@@ -156,6 +161,8 @@ class IndexedDataset:
         raw = os.pread(self._file, max(stop - start, 0) * size, start * size)
         if len(raw) < (stop - start) * size:
             raise DataError(f"{self.bin_path} became shorter while it was read: {len(raw)} bytes at {start * size}.")
+        if self.checker is not None:
+            self.checker.check(start * size, stop * size)
         return np.frombuffer(raw, self.dtype)
 
     def first_token(self, sequence: int) -> int:
@@ -193,11 +200,29 @@ class IndexedDataset:
 
     def fingerprint(self) -> str:
         """xxh3-128 of the .idx file, and the size of .bin: what a checkpoint keeps to know its corpus again."""
-        digest = xxhash.xxh3_128()
-        with self.idx_path.open("rb") as file:
-            while piece := file.read(1 << 24):
-                digest.update(piece)
-        return f"{digest.hexdigest()}-{self.bin_size}"
+        return f"{self._index_hash}-{self.bin_size}"
+
+    def tokens_fingerprint(self) -> str | None:
+        """Changes when any token does; None without hashes, since all of .bin would have to be read."""
+        return None if self.checker is None else self.checker.hashes.tokens_fingerprint()
+
+    @cached_property
+    def _index_hash(self) -> str:
+        """Reads the whole index, once."""
+        return hash_file(self.idx_path)
+
+    def _open_checker(self) -> BlockChecker | None:
+        """None for a bare pair; DataError unless .idx is what its hash says."""
+        hashes = read_hashes(self.prefix, bin_bytes=self.bin_size)
+        if hashes is None:
+            return None
+        if hashes.idx_xxh3_128 != self._index_hash:
+            raise DataError(
+                f"{self.idx_path} is damaged, or of another corpus: its xxh3-128 is {self._index_hash}, and "
+                f"{hashes_path(self.prefix).name} says {hashes.idx_xxh3_128}. {way_out(self.prefix)}"
+            )
+        file = self._file
+        return BlockChecker(hashes, self.prefix, lambda size, start: os.pread(file, size, start))
 
     def _check_ends(self) -> None:
         if self.num_documents < 0 or int(self.boundaries[0]) != 0 or int(self.boundaries[-1]) != self.num_sequences:
@@ -230,11 +255,12 @@ def _open_random_access(path: Path) -> int:
 
 
 def _require_pair(prefix: str) -> None:
-    missing = [str(path) for path in (idx_path(prefix), bin_path(prefix)) if not path.is_file()]
+    # os.path takes any name for one that may not exist; pathlib raises for one that is too long
+    missing = [str(path) for path in (idx_path(prefix), bin_path(prefix)) if not os.path.isfile(path)]
     if not missing:
         return
     folder, name = Path(prefix).parent, Path(prefix).name
-    near = sorted(str(path)[: -len(".idx")] for path in folder.glob("*.idx")) if folder.is_dir() else []
+    near = sorted(str(path)[: -len(".idx")] for path in folder.glob("*.idx")) if os.path.isdir(folder) else []
     likely = [candidate for candidate in near if Path(candidate).name.startswith(name)] or near
     hint = f"; in that folder there is: {', '.join(likely[:5])}" if likely else ""
     raise DataError(

@@ -1,7 +1,8 @@
 """Writes `.bin/.idx` pairs, byte for byte as Megatron does, so that a reader sees a whole pair or none.
 
-Both files grow as `<name>.partial` beside their place and are renamed when complete, .idx last. The partial file is
-locked while its writer lives: what a killed writer left behind is taken over, never published.
+Both files grow as `<name>.partial` beside their place and are renamed when complete, .idx after .bin, and their hashes
+last (data/hashes.py). The partial file is locked while its writer lives: what a killed writer left behind is taken
+over, never published.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from megatron_moe.config.errors import ConfigError, DataError, StorageError
+from megatron_moe.data.hashes import BlockHasher, Hashes, hash_file, hashes_path, sync_folder, write_beside
 from megatron_moe.data.indexed_dataset import DTYPES, HEADER, MAGIC, IndexedDataset, IntArray, bin_path, idx_path
 
 COPY_TOKENS = 1 << 23
@@ -38,6 +40,7 @@ class IndexedDatasetWriter:
         self._boundaries: list[IntArray] = [np.zeros(1, np.int64)]
         self.num_sequences = self.num_documents = self.num_tokens = 0
         self._partial_paths = [Path(f"{path}.partial") for path in (bin_path(prefix), idx_path(prefix))]
+        self._blocks = BlockHasher()
         self._refuse_existing()
         self._bin = _open_partial(self._partial_paths[0])
 
@@ -83,11 +86,16 @@ class IndexedDatasetWriter:
             _sync(index)
             self._refuse_existing()
             _sync(self._bin)
-            # an old index must never be seen beside new tokens
+            hashes = self._hashes()
+            # old hashes or an old index must never be seen beside new tokens
+            hashes_path(self.prefix).unlink(missing_ok=True)
             idx_path(self.prefix).unlink(missing_ok=True)
+            sync_folder(bin_path(self.prefix).parent)
             os.replace(self._partial_paths[0], bin_path(self.prefix))
             os.replace(self._partial_paths[1], idx_path(self.prefix))
-            _sync_folder(bin_path(self.prefix).parent)
+            sync_folder(bin_path(self.prefix).parent)
+            # a crash before this leaves a whole pair without hashes
+            write_beside(hashes_path(self.prefix), hashes.to_bytes())
         self._bin.close()
 
     def abandon(self) -> None:
@@ -123,7 +131,18 @@ class IndexedDatasetWriter:
                 f"(0..{limits.max}); the tokenizer gives ids outside its own vocabulary size."
             )
         with _storage(self._partial_paths[0], "write tokens"):
-            self._bin.write(np.ascontiguousarray(tokens, self.dtype).data)
+            content = np.ascontiguousarray(tokens, self.dtype).reshape(-1).view(np.uint8).data
+            self._blocks.update(content)
+            self._bin.write(content)
+
+    def _hashes(self) -> Hashes:
+        """Of the tokens as they came, and of the index as it lies on the disk."""
+        return Hashes(
+            idx_xxh3_128=hash_file(self._partial_paths[1]),
+            bin_bytes=self._blocks.num_bytes,
+            block_bytes=self._blocks.block_bytes,
+            blocks_xxh3_128=self._blocks.hexdigests(),
+        )
 
     def _write_index(self, index: BinaryIO) -> None:
         index.write(HEADER.pack(MAGIC, 1, self._code, self.num_sequences, self.num_documents + 1))
@@ -139,7 +158,7 @@ class IndexedDatasetWriter:
             index.write(boundaries.astype("<i8", copy=False).data)
 
     def _refuse_existing(self) -> None:
-        existing = [str(path) for path in (bin_path(self.prefix), idx_path(self.prefix)) if path.exists()]
+        existing = [str(path) for path in (bin_path(self.prefix), idx_path(self.prefix)) if os.path.exists(path)]
         if existing and not self._overwrite:
             raise ConfigError(
                 f"{' and '.join(existing)} already there; nothing is overwritten. Choose another --output-prefix, "
@@ -178,6 +197,8 @@ class _storage:
 
 
 def _open_partial(path: Path) -> BinaryIO:
+    if "\0" in str(path):
+        raise ConfigError(f"{str(path)!r} is no name of a file: it has a NUL in it; choose another --output-prefix.")
     with _storage(path, "open a file"):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("ab")
@@ -197,11 +218,3 @@ def _open_partial(path: Path) -> BinaryIO:
 def _sync(file: BinaryIO) -> None:
     file.flush()
     os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -193,6 +193,13 @@ def check_options(options: PreprocessOptions, tokenizer: Tokenizer, *, has_text:
     """ConfigError for flags that contradict each other."""
     if options.append_eod and tokenizer.eod_id is None:
         raise ConfigError("--append-eod needs a tokenizer with an end-of-document token; this one has none.")
+    for key in options.json_keys:
+        # it becomes a part of a file's name
+        if not key or "/" in key or not key.isprintable():
+            raise ConfigError(
+                f"--json-keys {key!r} would be part of a file name, {options.output_prefix}_KEY_document, and cannot: "
+                "it is empty, or has a slash or a control character; rename the key in the input."
+            )
     if len(set(options.json_keys)) != len(options.json_keys):
         raise ConfigError(f"--json-keys {' '.join(options.json_keys)} names a key twice.")
     if has_text and len(options.json_keys) > 1:

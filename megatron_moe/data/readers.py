@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import gzip
 import io
+import os
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from megatron_moe.config.errors import ConfigError, DataError
 from megatron_moe.config.optional import require
 
 TextUnit = Literal["file", "paragraph", "line"]
-# a longer line is refused instead of filling the memory
+# a longer line or document is refused instead of filling the memory, as a small file made to unpack to terabytes would
 MAX_LINE_BYTES = 1 << 28
 JSON_LINES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst")
 PLAIN_TEXT = (".txt", ".txt.gz", ".txt.zst")
@@ -42,8 +43,9 @@ def find_inputs(patterns: Sequence[str]) -> list[Path]:
     """The files that names and patterns mean, each pattern sorted; ConfigError for none, or a kind that is not read."""
     paths: list[Path] = []
     for pattern in patterns:
-        found = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern, recursive=True))
-        files = [Path(path) for path in found if Path(path).is_file()]
+        # os.path takes any name for one that may not exist; pathlib raises for one that is too long
+        found = [pattern] if os.path.isfile(pattern) else _matching(pattern)
+        files = [Path(path) for path in found if os.path.isfile(path)]
         if not files:
             raise ConfigError(
                 f"--input '{pattern}' names no file; check the path, and quote patterns such as 'data/*.jsonl'."
@@ -54,6 +56,13 @@ def find_inputs(patterns: Sequence[str]) -> list[Path]:
     if unknown:
         raise ConfigError(f"--input {unknown[0]} is of no kind that is read here; known endings: {', '.join(known)}.")
     return paths
+
+
+def _matching(pattern: str) -> list[str]:
+    try:
+        return sorted(glob.glob(pattern, recursive=True))
+    except ValueError:  # a NUL
+        return []
 
 
 def is_text(path: Path) -> bool:
@@ -148,41 +157,67 @@ class _ZstandardStream(io.RawIOBase):
             self._decompressor = self._library.ZstdDecompressor().decompressobj(read_across_frames=False)
 
 
-def _read_lines(path: Path, stream: BinaryIO) -> Iterator[Record]:
+def _lines(stream: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
+    """Each line with its number, from 1; None for one that is too long, of which the rest is passed over."""
     number = 0
     while line := stream.readline(MAX_LINE_BYTES):
         number += 1
-        if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
-            while (rest := stream.readline(MAX_LINE_BYTES)) and not rest.endswith(b"\n"):
-                pass
-            yield Record(str(path), number, "line", None, f"longer than {MAX_LINE_BYTES} bytes")
+        if len(line) < MAX_LINE_BYTES or line.endswith(b"\n"):
+            yield number, line
+            continue
+        while (rest := stream.readline(MAX_LINE_BYTES)) and not rest.endswith(b"\n"):
+            pass
+        yield number, None
+
+
+def _read_lines(path: Path, stream: BinaryIO) -> Iterator[Record]:
+    for number, line in _lines(stream):
+        if line is None:
+            yield Record(str(path), number, "line", None, _too_long())
         elif line.strip():
             yield Record(str(path), number, "line", line)
 
 
 def _read_text(path: Path, stream: BinaryIO, key: str, unit: TextUnit) -> Iterator[Record]:
     if unit == "file":
-        content = stream.read()
+        content = stream.read(MAX_LINE_BYTES + 1)
         if content.strip():
             yield _text_record(path, 1, content, key)
-        return
-    paragraph: list[bytes] = []
-    first = number = 0
-    for number, line in enumerate(stream, start=1):
-        if unit == "line":
-            if line.strip():
-                yield _text_record(path, number, line.rstrip(b"\r\n"), key)
-        elif line.strip():
-            first = first if paragraph else number
-            paragraph.append(line)
-        elif paragraph:
-            yield _text_record(path, first, b"".join(paragraph), key)
-            paragraph = []
-    if paragraph:
-        yield _text_record(path, first, b"".join(paragraph), key)
+    elif unit == "line":
+        for number, line in _lines(stream):
+            if line is None or line.strip():
+                yield _text_record(path, number, None if line is None else line.rstrip(b"\r\n"), key)
+    else:
+        for number, paragraph in _paragraphs(stream):
+            yield _text_record(path, number, paragraph, key)
 
 
-def _text_record(path: Path, number: int, content: bytes, key: str) -> Record:
+def _paragraphs(stream: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
+    """Lines between blank ones, with the number of the first; None for a paragraph that is too long."""
+    parts: list[bytes] = []
+    first = size = 0
+    for number, line in _lines(stream):
+        if line is None or line.strip():
+            first = first or number
+            size += MAX_LINE_BYTES + 1 if line is None else len(line)
+            if line is None or size > MAX_LINE_BYTES:
+                parts = []
+            else:
+                parts.append(line)
+        elif first:
+            yield first, b"".join(parts) if size <= MAX_LINE_BYTES else None
+            parts, first, size = [], 0, 0
+    if first:
+        yield first, b"".join(parts) if size <= MAX_LINE_BYTES else None
+
+
+def _too_long() -> str:
+    return f"longer than {MAX_LINE_BYTES} bytes, which is no document but an accident, or made to fill the memory"
+
+
+def _text_record(path: Path, number: int, content: bytes | None, key: str) -> Record:
+    if content is None or len(content) > MAX_LINE_BYTES:
+        return Record(str(path), number, "line", None, _too_long())
     try:
         return Record(str(path), number, "line", {key: content.decode()})
     except UnicodeDecodeError as error:

@@ -86,11 +86,14 @@ def check_same_run(reader: CheckpointReader, now: RunConfig) -> None:
 
 
 def check_same_data(reader: CheckpointReader, now: Mapping[str, str]) -> None:
-    """Raises ConfigError unless the fingerprints of tokenizer and corpus are those that were saved."""
-    changed = [name for name, value in now.items() if reader.data.get(name, value) != value]
+    """Raises ConfigError, with both fingerprints, if tokenizer, corpus or its tokens are not those that were saved."""
+    changed = [
+        f"another {name} (its fingerprint was {reader.data[name]} and is {value})"
+        for name, value in now.items()
+        if reader.data.get(name, value) != value
+    ]
     if changed:
-        what = " and another ".join(changed)
-        raise ConfigError(f"the run in {reader.folder} was started with another {what}. {WAY_OUT}")
+        raise ConfigError(f"the run in {reader.folder} was started with {' and '.join(changed)}. {WAY_OUT}")
 
 
 def _resolved(run: RunConfig) -> dict[str, Any]:

@@ -50,10 +50,7 @@ class Trainer:
             self.tokenizer = build_tokenizer(config.data, config.model.vocab_size)
             self.vocab_size = vocabulary_size(config, self.tokenizer)
             self.datasets = build_datasets(config, self.tokenizer)
-            self._fingerprints = {
-                "tokenizer": self.tokenizer.fingerprint(),
-                "training corpus": self._dataset("train").fingerprint(),
-            }
+            self._fingerprints = self._fingerprint_inputs()
             self._check_early()
         self.engine = Engine(config, state, device, self.vocab_size)
         self.step = 0  # finished
@@ -72,6 +69,13 @@ class Trainer:
         if found is None:
             raise ConfigError(f"--split {self.config.data.split} leaves no sample for {split}; give it a larger share.")
         return found
+
+    def _fingerprint_inputs(self) -> dict[str, str]:
+        """What a checkpoint keeps to know tokenizer and corpus again."""
+        train = self._dataset("train")
+        found = {"tokenizer": self.tokenizer.fingerprint(), "training corpus": train.fingerprint()}
+        tokens = train.tokens_fingerprint()
+        return found if tokens is None else found | {"training text": tokens}
 
     def _check_early(self) -> None:
         """What would otherwise stop the run in the middle, or on the first rank alone."""

@@ -206,8 +206,11 @@ def test_batches_have_the_declared_types(tmp_path: Path) -> None:
 def test_tokens_outside_the_vocabulary_never_reach_a_model(tmp_path: Path) -> None:
     stream = TokenStream(write(tmp_path / "corpus", [[[1] * 8 + [99]]]), range(1))
     assert read_sample(stream, 0, options(vocab_size=100)).labels[-1] == 99
-    with pytest.raises(DataError, match=r"corpus\.bin holds token 99, but the vocabulary ends at 98"):
+    with pytest.raises(DataError, match=r"corpus\.bin holds token 99 as number 8 .*vocabulary ends at 98"):
         read_sample(stream, 0, options(vocab_size=99))
+    dataset = GPTDataset([stream], options(vocab_size=99), seed=1, name="train")
+    with pytest.raises(DataError, match=r"^sample 7 of the run: .*corpus\.bin holds token 99"):
+        dataset.get([7])
 
 
 def test_a_corpus_shorter_than_a_sample_is_refused(tmp_path: Path) -> None:
@@ -223,11 +226,28 @@ def test_a_damaged_large_index_is_noticed_where_it_is_used(tmp_path: Path, monke
     content[34 + 4 * 5] = 9  # the length of sequence 5
     path.write_bytes(content)
     monkeypatch.setattr(indexed_dataset, "CHECK_ON_OPEN", 0)
-    stream = TokenStream(IndexedDataset(tmp_path / "corpus"), range(10))
+    stream = TokenStream(IndexedDataset(tmp_path / "corpus", use_hashes=False), range(10))
     given = options(seq_length=10, reset_attention_mask=True)
     read_sample(stream, 2, given)
     with pytest.raises(DataError, match="sequence 5 has 9 tokens"):
         read_sample(stream, 5, given)
+
+
+def test_the_fingerprint_of_the_tokens_follows_them_and_needs_hashes_of_all(tmp_path: Path) -> None:
+    write(tmp_path / "a", [[[1] * 20]])
+    write(tmp_path / "b", [[[1] * 19 + [2]]])
+    write(tmp_path / "bare", [[[1] * 20]])
+    (tmp_path / "bare.hashes.json").unlink()
+    a, again, b, bare = (
+        GPTDataset([TokenStream(IndexedDataset(tmp_path / name), range(1))], options(), seed=1, name="train")
+        for name in ("a", "a", "b", "bare")
+    )
+    # the index is the same, so that it alone cannot tell them apart
+    assert a.fingerprint() == b.fingerprint()
+    assert a.tokens_fingerprint() == again.tokens_fingerprint() != b.tokens_fingerprint()
+    assert bare.tokens_fingerprint() is None and BlendedDataset([a, bare], [1, 1]).tokens_fingerprint() is None
+    blends = [BlendedDataset(parts, [1, 1]).tokens_fingerprint() for parts in ([a, b], [b, a])]
+    assert None not in blends and blends[0] != blends[1]
 
 
 def test_the_fingerprint_follows_the_corpora(tmp_path: Path) -> None:

@@ -31,7 +31,10 @@ def write(prefix: Path, documents: list[list[int]], dtype: str = "uint16") -> Pa
 
 @pytest.fixture
 def pair(tmp_path: Path) -> Path:
-    return write(tmp_path / "corpus", DOCUMENTS)
+    """Without hashes, as Megatron writes it."""
+    prefix = write(tmp_path / "corpus", DOCUMENTS)
+    Path(f"{prefix}.hashes.json").unlink()
+    return prefix
 
 
 @pytest.fixture

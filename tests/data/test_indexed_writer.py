@@ -19,6 +19,7 @@ from megatron_moe.data.indexed_writer import IndexedDatasetWriter, merge
 GOLDEN = Path(__file__).parent / "golden"
 CORPORA: Any = json.loads((GOLDEN / "corpora.json").read_text())
 UINT16 = np.dtype(np.uint16)
+WHOLE = {"corpus.bin", "corpus.idx", "corpus.hashes.json"}
 
 
 def files(folder: Path) -> set[str]:
@@ -40,7 +41,7 @@ def test_bytes_are_those_of_megatron(name: str, tmp_path: Path) -> None:
         writer.finish()
     for suffix in (".bin", ".idx"):
         assert (tmp_path / f"{name}{suffix}").read_bytes() == (GOLDEN / f"{name}{suffix}").read_bytes()
-    assert files(tmp_path) == {f"{name}.bin", f"{name}.idx"}
+    assert files(tmp_path) == {f"{name}.bin", f"{name}.idx", f"{name}.hashes.json"}
 
 
 def test_many_documents_at_once_equal_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,7 +79,7 @@ def test_a_failed_overwrite_keeps_the_old_pair(tmp_path: Path) -> None:
         writer.add_document([2])
         writer.add_document([70000])
     assert IndexedDataset(tmp_path / "corpus").sequence(0).tolist() == [1]
-    assert files(tmp_path) == {"corpus.bin", "corpus.idx"}
+    assert files(tmp_path) == WHOLE
 
 
 @pytest.mark.parametrize("token", [-1, 65536])
@@ -106,10 +107,10 @@ def test_a_killed_writer_publishes_nothing_and_hinders_nobody(tmp_path: Path) ->
     )
     environment = os.environ | {"PYTHONPATH": os.getcwd()}
     assert subprocess.run([sys.executable, "-c", script, tmp_path / "corpus"], env=environment).returncode == -9
-    assert not files(tmp_path) & {"corpus.bin", "corpus.idx"}
+    assert not files(tmp_path) & WHOLE
     write(tmp_path / "corpus", [[7]])
     assert IndexedDataset(tmp_path / "corpus").sequence(0).tolist() == [7]
-    assert files(tmp_path) == {"corpus.bin", "corpus.idx"}
+    assert files(tmp_path) == WHOLE
 
 
 def test_a_full_disk_is_told_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,6 +137,6 @@ def test_corpora_of_different_token_types_do_not_merge(tmp_path: Path) -> None:
     write(tmp_path / "a", [[1]])
     with pytest.raises(DataError, match="int32.*uint16"):
         merge([str(tmp_path / "a"), str(GOLDEN / "megatron_int32")], str(tmp_path / "all"))
-    assert files(tmp_path) == {"a.bin", "a.idx"}
+    assert files(tmp_path) == {"a.bin", "a.idx", "a.hashes.json"}
     with pytest.raises(ConfigError, match="one of the inputs"):
         merge([str(tmp_path / "a")], str(tmp_path / "a"), overwrite=True)

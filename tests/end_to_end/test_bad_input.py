@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from megatron_moe.data.indexed_dataset import IndexedDataset
+from megatron_moe.data.indexed_writer import IndexedDatasetWriter
 from tests.end_to_end.commands import call, fingerprint, problem, steps_in, whole_checkpoint, write_recipe
 from tests.end_to_end.tiny_job import job, tables, write_corpus
 from tests.house.sources import ROOT
@@ -57,6 +59,9 @@ CASES = {
     ),
     "wrong magic": Case((*RECIPE, "--data-path", "@/magic"), 65, ("@/magic.idx is no Megatron index", "make it again")),
     "cut .idx": Case((*RECIPE, "--data-path", "@/index"), 65, ("@/index.idx has", "cut short or damaged")),
+    "rotten .bin": Case((*RECIPE, "--data-path", "@/bits"), 65, ("@/bits.bin: bytes 0 to", "xxh3-128", "--write-")),
+    "rotten .idx": Case((*RECIPE, "--data-path", "@/bounds"), 65, ("@/bounds.idx is damaged", "says", "Copy the pair")),
+    "rotten hashes": Case((*RECIPE, "--data-path", "@/sums"), 65, ("@/sums.hashes.json is damaged", "--write-hashes")),
     "large token": Case((*RECIPE, "--data-path", "@/large"), 65, ("holds token", "vocabulary ends at 60", "tokenizer")),
     "short corpus": Case((*RECIPE, "--seq-length", "4096"), 65, ("fewer than one sample", "shorten --seq-length")),
     "no validation": Case(
@@ -78,11 +83,12 @@ CASES = {
     "another tokenizer": Case(
         (*RECIPE, "--load", "@/saved", *BYTES, "--vocab-size", "257", "--make-vocab-size-divisible-by", "8"),
         2,
-        ("started with another tokenizer", "--finetune"),
+        ("started with another tokenizer (its fingerprint was", "--finetune"),
     ),
     "another corpus": Case(
-        (*RECIPE, "--load", "@/saved", "--data-path", "@/other"), 2, ("another training corpus", "--finetune")
+        (*RECIPE, "--load", "@/saved", "--data-path", "@/other"), 2, ("another training corpus (its", "--finetune")
     ),
+    "other words": Case((*RECIPE, "--load", "@/saved", "--data-path", "@/words"), 2, ("another training text (its",)),
     "another order": Case((*RECIPE, "--load", "@/saved", "--seed", "5"), 2, ("--seed was 1234 and is 5", "--finetune")),
     "another model": Case(
         (*RECIPE, "--load", "@/saved", "--hidden-size", "32", "--swiglu", "--num-experts", "8"),
@@ -152,11 +158,23 @@ def write_corpora(folder: Path) -> None:
     write_corpus(folder / "other", seed=6)
     write_corpus(folder / "large", top=200)
     write_corpus(folder / "tiny", documents=3)
-    for name in ("cut", "magic", "index"):
+    for name in ("cut", "magic", "index", "bits", "bounds", "sums"):
         write_corpus(folder / name)
+    for name in ("bits.bin", "bounds.idx", "sums.hashes.json"):
+        damage(folder / name, lambda data: data[:-16] + bytes([data[-16] ^ 1]) + data[-15:])
+    reword(folder / "tokens", folder / "words")
     damage(folder / "cut.bin", lambda data: data[:-2])
     damage(folder / "magic.idx", lambda data: b"\x93NUMPY" + data[6:])
     damage(folder / "index.idx", lambda data: data[:-8])
+
+
+def reword(source: Path, target: Path) -> None:
+    """A corpus with the same index and other tokens."""
+    corpus = IndexedDataset(source)
+    with IndexedDatasetWriter(target, dtype=corpus.dtype) as writer:
+        for number in range(len(corpus)):
+            writer.add_document(corpus.sequence(number)[::-1])
+        writer.finish()
 
 
 def damage(path: Path, change: Callable[[bytes], bytes]) -> None:

@@ -106,8 +106,23 @@ def test_a_run_goes_on_with_the_same_noise(name: str, value: float) -> None:
 
 def test_another_tokenizer_is_refused_and_one_that_was_not_noted_is_not() -> None:
     check_same_data(saved(), {"tokenizer": "t", "training corpus": "c"})
-    with pytest.raises(ConfigError, match=r"another tokenizer\. .*--finetune"):
+    with pytest.raises(ConfigError, match=r"another tokenizer \(its fingerprint was t and is u\)\. .*--finetune"):
         check_same_data(saved(), {"tokenizer": "u"})
+
+
+def test_every_input_that_changed_is_named_with_both_fingerprints() -> None:
+    before = {"tokenizer": "t1", "training corpus": "c1", "training text": "w1"}
+    reader = saved()
+    reader.data.clear()
+    reader.data.update(before)
+    check_same_data(reader, before)
+    # a corpus that lost its hashes, or has them only now, is no other one
+    check_same_data(reader, {"tokenizer": "t1", "training corpus": "c1"})
+    for name, value in before.items():
+        with pytest.raises(ConfigError, match=rf"another {name} \(its fingerprint was {value} and is x\)\. "):
+            check_same_data(reader, before | {name: "x"})
+    with pytest.raises(ConfigError, match=r"another tokenizer \(.* t1 and is x\) and another training corpus \(.* c1"):
+        check_same_data(reader, before | {"tokenizer": "x", "training corpus": "x"})
 
 
 def place(path: Path, **values: Any) -> CheckpointConfig:
