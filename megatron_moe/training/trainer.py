@@ -36,7 +36,7 @@ from megatron_moe.training.together import together
 logger = logging.getLogger(__name__)
 
 FINISHED = 0
-PREEMPTED = 75  # reliability: stopped by a signal, checkpoint written
+PREEMPTED = 75  # asked to stop: by a signal or the kill switch; checkpoint written
 
 
 class Trainer:
@@ -105,9 +105,14 @@ class Trainer:
 
     def run(self) -> int:
         """Train to the end, or until asked to stop; returns the exit code."""
-        with StopSignals() as signals:
+        switch = self.config.training.kill_switch_file
+        with StopSignals(kill_switch=Path(switch) if switch else None) as signals:
             self.restore()
             self.first_step = self.step
+            if self.step < self.config.training.num_steps and signals.agreed(self.state.world, self.device):
+                said = "stopped by %s before the first step; nothing was trained, nothing written, exit code %d"
+                logger.warning(said, signals.reason, PREEMPTED)
+                return PREEMPTED
             logger.info(formula_text())
             with self._sinks() as sinks, self.loader:
                 try:
@@ -121,7 +126,8 @@ class Trainer:
             raise self.writer.last_error
         if self.step < self.config.training.num_steps and signals.stopped:
             written = "the checkpoint is written" if self.writer else "without --save, no checkpoint is written"
-            logger.warning("stopped by a signal after step %d; %s, exit code %d", self.step, written, PREEMPTED)
+            said = "stopped by %s after step %d; %s, exit code %d"
+            logger.warning(said, signals.reason, self.step, written, PREEMPTED)
             return PREEMPTED
         return FINISHED
 
