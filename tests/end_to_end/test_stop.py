@@ -17,6 +17,7 @@ from megatron_moe.data.batch import Batch
 from megatron_moe.launch import children
 from megatron_moe.parallel.state import ParallelState
 from megatron_moe.training.engine import StepResult, grid_of
+from megatron_moe.training.restarts import FILE
 from megatron_moe.training.trainer import Trainer
 from tests.end_to_end.commands import (
     LAUNCH,
@@ -115,6 +116,8 @@ def test_numbers_that_are_none_end_a_job_with_16_and_the_last_good_checkpoint(co
     assert far.returncode == 16, said
     assert said.count("megatron_moe: step 5: ") == 1 and "is not finite" in said
     assert f"The last good checkpoint is step 3 in {tmp_path / 'saved'}" in said
+    assert fingerprint(tmp_path / "saved").keys() - before.keys() == {FILE}
+    (tmp_path / "saved" / FILE).unlink()
     assert fingerprint(tmp_path / "saved") == before
     assert whole_checkpoint(tmp_path / "saved").step == 3
 
