@@ -271,6 +271,13 @@ def test_only_attempts_that_leave_no_newer_checkpoint_count_as_lost(
     assert not (tmp_path / FILE).exists()
 
 
+def test_a_finished_run_may_be_started_as_often_as_one_likes(corpus: Path, tmp_path: Path) -> None:
+    config = job(corpus, training={"train_iters": 3}, checkpoint={"save": str(tmp_path), "load": "latest"})
+    for _ in range(5):
+        assert trainer(config).run() == FINISHED
+        assert not (tmp_path / FILE).exists()
+
+
 def test_what_ends_before_the_first_step_is_no_attempt(corpus: Path, tmp_path: Path) -> None:
     saving = {"save": str(tmp_path / "saved"), "load": str(tmp_path / "nowhere"), "exit_on_missing_checkpoint": True}
     for _ in range(5):
