@@ -3,7 +3,8 @@
     python -m megatron_moe.launch --nproc-per-node 4 -m megatron_moe.pretrain --config recipe.toml
 
 All of torchrun's options apply. torchrun itself ends with 1 whatever the ranks said, so that a scheduler cannot tell a
-preempted run (75, requeue) from a wrong command line (2, do not).
+preempted run (75, requeue) from a wrong command line (2, do not).   With --max-restarts, ranks that end with 93 (no
+progress) are started again as well, and end with 93 again before they build anything.
 """
 
 import os

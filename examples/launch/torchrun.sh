@@ -11,7 +11,8 @@ usage: bash examples/launch/torchrun.sh [--nproc N] [--python PATH] [--dry-run] 
   --dry-run       print the command instead of running it
 
 ARGUMENTS go to megatron_moe.pretrain: --config recipe.toml and any flag. These options come first; the first word that is none
-of them, or --, ends them. Exit codes are those of megatron_moe.pretrain: 75 means saved after a signal, start again to resume.
+of them, or --, ends them. Exit codes are those of megatron_moe.pretrain: 75 means saved after a signal
+or the kill switch, start again to resume; 93 that several starts in a row got nowhere: mend the cause first.
 TEXT
 }
 

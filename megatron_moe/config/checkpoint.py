@@ -33,6 +33,13 @@ class CheckpointConfig:
         False, "end with exit code 64 when there is no valid checkpoint, instead of starting afresh"
     )
 
+    max_restarts_without_progress: int | None = option(
+        3,
+        "attempts in a row that may end without a newer checkpoint; further ones end at once with exit code 93, until "
+        "restarts.json in the directory of --save is deleted; none = never",
+        at_least=1,
+    )
+
     def __post_init__(self) -> None:
         check_values(self)
         for flag, path in (("--save", self.save), ("--load", self.load)):

@@ -7,6 +7,7 @@ MegatronMoEError
 ├── NoCheckpointError   64   a checkpoint was required and there is no valid one
 ├── StorageError        74   the disk is full or failing; the last good checkpoint is kept
 ├── PeerError           86   another rank died or a collective failed
+├── NoProgressError     93   several attempts in a row ended without a newer checkpoint
 └── NonFiniteError      16   a loss or gradient is NaN or infinite
 """
 
@@ -61,3 +62,9 @@ class PeerError(MegatronMoEError):
     """Another rank died, or a collective failed."""
 
     exit_code: ClassVar[int] = 86
+
+
+class NoProgressError(MegatronMoEError):
+    """Several attempts in a row ended without a newer checkpoint: starting again as it is would end the same way."""
+
+    exit_code: ClassVar[int] = 93

@@ -198,7 +198,7 @@ RULES = (
         "when --split has no share for validation; leave it out, or use a split such as 969,30,1",
     ),
     Rule(
-        ("checkpoint.keep", "checkpoint.async_save"),
+        ("checkpoint.keep", "checkpoint.async_save", "checkpoint.max_restarts_without_progress"),
         lambda run: run.checkpoint.save is None,
         "without a directory to save to; leave it out, or give --save",
     ),

@@ -28,6 +28,9 @@ class TrainingConfig:
     exit_duration_in_mins: float | None = option(
         None, "end the run, with a checkpoint and exit code 0, after so many minutes", above=0
     )
+    kill_switch_file: str | None = option(
+        None, "end the run, with a checkpoint and exit code 75, after the step in which this file exists on rank 0"
+    )
     check_for_nan_in_loss_and_grad: bool = option(True, "stop when a loss or gradient is NaN or infinite")
 
     def __post_init__(self) -> None:

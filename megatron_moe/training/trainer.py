@@ -28,6 +28,7 @@ from megatron_moe.training.engine import Engine, StepResult
 from megatron_moe.training.flops import flops_per_token, formula_text, peak_flops
 from megatron_moe.training.gpu_monitor import GpuMonitor
 from megatron_moe.training.metrics import summarise_routing
+from megatron_moe.training.restarts import Restarts
 from megatron_moe.training.resume import check_place_to_save, check_same_data, check_same_run, find_start
 from megatron_moe.training.signals import StopSignals
 from megatron_moe.training.sinks import Sinks
@@ -36,7 +37,7 @@ from megatron_moe.training.together import together
 logger = logging.getLogger(__name__)
 
 FINISHED = 0
-PREEMPTED = 75  # reliability: stopped by a signal, checkpoint written
+PREEMPTED = 75  # asked to stop: by a signal or the kill switch; checkpoint written
 
 
 class Trainer:
@@ -46,6 +47,8 @@ class Trainer:
         self.config = config
         self.state = state
         self.device = device
+        self._restarts = Restarts(config.checkpoint, state.world)
+        self._restarts.refuse(state.world, device)
         with together(state.world, device):
             self.tokenizer = build_tokenizer(config.data, config.model.vocab_size)
             self.vocab_size = vocabulary_size(config, self.tokenizer)
@@ -109,11 +112,17 @@ class Trainer:
 
     def run(self) -> int:
         """Train to the end, or until asked to stop; returns the exit code."""
-        with StopSignals() as signals:
+        switch = self.config.training.kill_switch_file
+        with StopSignals(kill_switch=Path(switch) if switch else None) as signals:
             self.restore()
             self.first_step = self.step
+            if self.step < self.config.training.num_steps and signals.agreed(self.state.world, self.device):
+                said = "stopped by %s before the first step; nothing was trained, nothing written, exit code %d"
+                logger.warning(said, signals.reason, PREEMPTED)
+                return PREEMPTED
             logger.info(formula_text())
             with self._sinks() as sinks, self.loader:
+                self._restarts.begin(self.step)
                 try:
                     self._loop(sinks, signals)
                 except (NonFiniteError, DataError, StorageError):
@@ -123,9 +132,11 @@ class Trainer:
             self._finish_saving()
         if self.writer is not None and self.writer.last_error is not None:
             raise self.writer.last_error
+        self._restarts.forget()
         if self.step < self.config.training.num_steps and signals.stopped:
             written = "the checkpoint is written" if self.writer else "without --save, no checkpoint is written"
-            logger.warning("stopped by a signal after step %d; %s, exit code %d", self.step, written, PREEMPTED)
+            said = "stopped by %s after step %d; %s, exit code %d"
+            logger.warning(said, signals.reason, self.step, written, PREEMPTED)
             return PREEMPTED
         return FINISHED
 
@@ -147,6 +158,7 @@ class Trainer:
     def _finish_saving(self) -> None:
         if self.writer is not None:
             self.writer.finish()
+            self._restarts.progressed(self.writer.last_step)
 
     def train_step(self) -> StepResult:
         """The next step of the run."""
@@ -243,6 +255,7 @@ class Trainer:
             )
             if self.writer.last_error is None:
                 self._last_good = f"step {self.step} in {self.config.checkpoint.save}"
+        self._restarts.progressed(self.writer.last_step)
 
     def _state(self) -> dict[str, Any]:
         return {

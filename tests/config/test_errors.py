@@ -15,6 +15,7 @@ from megatron_moe.config import errors
         ("CheckpointError", 65),
         ("StorageError", 74),
         ("PeerError", 86),
+        ("NoProgressError", 93),
     ],
 )
 def test_each_error_has_its_exit_code(name: str, code: int) -> None:

@@ -17,6 +17,7 @@ from megatron_moe.data.batch import Batch
 from megatron_moe.launch import children
 from megatron_moe.parallel.state import ParallelState
 from megatron_moe.training.engine import StepResult, grid_of
+from megatron_moe.training.restarts import FILE
 from megatron_moe.training.trainer import Trainer
 from tests.end_to_end.commands import (
     LAUNCH,
@@ -76,6 +77,35 @@ def test_a_signal_ends_the_job_with_75_and_it_goes_on_with_the_next_step(
     assert whole_checkpoint(tmp_path / "saved").step == stopped + 1
 
 
+def test_a_file_ends_the_job_with_75_and_it_goes_on_once_the_file_is_gone(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    switch = tmp_path / "stop"
+    command = ("--config", str(write_recipe(tmp_path, long_job(corpus, tmp_path))), "--kill-switch-file", str(switch))
+    process = start(*LAUNCH, *command)
+    wait_until(lambda: len(steps_in(tmp_path / "log")) >= 3, process)
+    switch.touch()
+    out, said = process.communicate(timeout=60)
+    assert process.returncode == 75, said
+    assert "Traceback" not in said
+
+    steps = steps_in(tmp_path / "log")
+    stopped = steps[-1]
+    assert f"stopped by the file {switch} after step {stopped}; the checkpoint is written, exit code 75" in out
+    checkpoint = whole_checkpoint(tmp_path / "saved")
+    assert (checkpoint.step, checkpoint.state["loader"]) == (stopped, {"consumed_samples": stopped * GLOBAL_BATCH})
+
+    before = fingerprint(tmp_path)
+    assert call(*command, "--lr", "0.5") == 75
+    assert f"stopped by the file {switch} before the first step; nothing was trained" in capsys.readouterr().out
+    after = fingerprint(tmp_path)
+    assert {name for name in after.keys() | before.keys() if after.get(name) != before.get(name)} == {"log/log.txt"}
+
+    switch.unlink()
+    assert call(*command, "--exit-interval", "1") == 0
+    assert steps_in(tmp_path / "log") == [*steps, stopped + 1]
+
+
 def test_numbers_that_are_none_end_a_job_with_16_and_the_last_good_checkpoint(corpus: Path, tmp_path: Path) -> None:
     assert call("--config", str(write_recipe(tmp_path, long_job(corpus, tmp_path))), "--exit-interval", "3") == 0
     before = fingerprint(tmp_path / "saved")
@@ -86,6 +116,8 @@ def test_numbers_that_are_none_end_a_job_with_16_and_the_last_good_checkpoint(co
     assert far.returncode == 16, said
     assert said.count("megatron_moe: step 5: ") == 1 and "is not finite" in said
     assert f"The last good checkpoint is step 3 in {tmp_path / 'saved'}" in said
+    assert fingerprint(tmp_path / "saved").keys() - before.keys() == {FILE}
+    (tmp_path / "saved" / FILE).unlink()
     assert fingerprint(tmp_path / "saved") == before
     assert whole_checkpoint(tmp_path / "saved").step == 3
 

@@ -1,8 +1,9 @@
-"""One request to stop ends the run after the step, on all ranks; a second one ends it now; an echo is no second one."""
+"""One request to stop, a signal or a file, ends the run after the step, on all ranks; a second signal ends it now."""
 
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -100,3 +101,38 @@ def agree(rank: int, world_size: int) -> list[bool]:
 
 def test_all_ranks_stop_when_one_was_asked() -> None:
     assert run_on_ranks(3, agree) == [[False, True]] * 3
+
+
+def test_a_file_that_appears_asks_to_stop_and_is_named(tmp_path: Path) -> None:
+    with StopSignals(kill_switch=tmp_path / "stop") as signals:
+        assert not signals.agreed(WORLD, CPU)
+        (tmp_path / "stop").touch()
+        assert not signals.stopped
+        assert signals.agreed(WORLD, CPU)
+        assert signals.stopped and signals.reason == f"the file {tmp_path / 'stop'}"
+
+
+def test_a_signal_is_said_to_be_one() -> None:
+    with StopSignals(kill_switch=Path("nowhere")) as signals:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.agreed(WORLD, CPU)
+        assert signals.reason == "a signal"
+
+
+def agree_on_a_file(rank: int, world_size: int, folder: str, seen_by: int) -> list[str | None]:
+    """Each rank looks for a file of its own name, as on file systems that differ; only rank `seen_by` has one."""
+    state = ParallelState.distributed(Grid(world_size))
+    with StopSignals(kill_switch=Path(folder) / f"stop{rank}") as signals:
+        before = signals.agreed(state.world, CPU)
+        if rank == seen_by:
+            (Path(folder) / f"stop{rank}").touch()
+        after = signals.agreed(state.world, CPU)
+    return [str(before), str(after), signals.reason and signals.reason.partition(" ")[0]]
+
+
+def test_what_the_first_rank_sees_counts_on_all(tmp_path: Path) -> None:
+    assert run_on_ranks(2, agree_on_a_file, str(tmp_path), 0) == [["False", "True", "the"]] * 2
+
+
+def test_what_another_rank_sees_does_not_count(tmp_path: Path) -> None:
+    assert run_on_ranks(2, agree_on_a_file, str(tmp_path), 1) == [["False", "False", None]] * 2

@@ -16,12 +16,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megatron_moe.checkpoint.rotate import stored_steps
 from megatron_moe.checkpoint.storage import Storage
-from megatron_moe.config.errors import StorageError
+from megatron_moe.config.errors import NoCheckpointError, NoProgressError, StorageError
 from megatron_moe.config.run import RunConfig
 from megatron_moe.data.batch import Batch
 from megatron_moe.models.whole import whole_logits
 from megatron_moe.parallel.state import ParallelState
 from megatron_moe.training.engine import StepResult
+from megatron_moe.training.restarts import FILE
 from megatron_moe.training.trainer import FINISHED, PREEMPTED, Trainer
 from tests.end_to_end.tiny_job import CPU, GLOBAL_BATCH, VOCAB, job, state_hash, write_corpus
 
@@ -169,7 +170,7 @@ def test_exit_duration_ends_with_0_and_a_checkpoint(corpus: Path, tmp_path: Path
     assert run.run() == FINISHED and run.step == 12
 
 
-def test_a_signal_while_the_run_starts_ends_it_after_one_step(
+def test_a_signal_while_the_run_starts_ends_it_before_its_first_step(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = trainer(job(corpus, checkpoint={"save": str(tmp_path)}))
@@ -181,7 +182,7 @@ def test_a_signal_while_the_run_starts_ends_it_after_one_step(
 
     monkeypatch.setattr(run, "restore", interrupted)
     assert run.run() == PREEMPTED
-    assert stored_steps(tmp_path) == [1]
+    assert run.step == 0 and list(tmp_path.iterdir()) == []
 
 
 def test_a_signal_without_a_place_to_save_does_not_claim_a_checkpoint(
@@ -246,6 +247,43 @@ def test_a_full_disk_costs_checkpoints_and_the_last_one_the_exit_code(
 
 
 # going on
+
+
+@pytest.mark.parametrize("background", [True, False], ids=["saved beside", "saved at once"])
+def test_only_attempts_that_leave_no_newer_checkpoint_count_as_lost(
+    background: bool, corpus: Path, tmp_path: Path
+) -> None:
+    saving = {"save": str(tmp_path), "load": "latest", "save_interval": 4, "async_save": background}
+    config = job(corpus, checkpoint={**saving, "max_restarts_without_progress": 2})
+    lose_at(trainer(config), 3)
+    assert (tmp_path / FILE).exists()
+    run = trainer(config)
+    after_step(run, lambda step: run.writer.commit_if_ready(block=True) and None)  # type: ignore[union-attr]
+    lose_at(run, 7)
+    assert stored_steps(tmp_path) == [4] and not (tmp_path / FILE).exists()
+    for _ in range(2):
+        lose_at(trainer(config), 6)
+    with pytest.raises(NoProgressError, match="the last 2 attempts, from step 4 on, ended without"):
+        trainer(config)
+    # a run that reaches its end leaves no count behind
+    more = job(corpus, checkpoint={**saving, "max_restarts_without_progress": None})
+    assert trainer(more).run() == FINISHED
+    assert not (tmp_path / FILE).exists()
+
+
+def test_a_finished_run_may_be_started_as_often_as_one_likes(corpus: Path, tmp_path: Path) -> None:
+    config = job(corpus, training={"train_iters": 3}, checkpoint={"save": str(tmp_path), "load": "latest"})
+    for _ in range(5):
+        assert trainer(config).run() == FINISHED
+        assert not (tmp_path / FILE).exists()
+
+
+def test_what_ends_before_the_first_step_is_no_attempt(corpus: Path, tmp_path: Path) -> None:
+    saving = {"save": str(tmp_path / "saved"), "load": str(tmp_path / "nowhere"), "exit_on_missing_checkpoint": True}
+    for _ in range(5):
+        with pytest.raises(NoCheckpointError):
+            trainer(job(corpus, checkpoint=saving)).run()
+    assert not (tmp_path / "saved").exists()
 
 
 @pytest.fixture
