@@ -147,7 +147,7 @@ def test_the_command_writes_rows_and_says_what_was_wrong(tmp_path: Path, capsys:
     out = capsys.readouterr().out
     assert out.count("| micro-batches of 2 |") == 2
     assert "top_k, encoder-decoder, float64: 2 layouts, 0 differ, 0 cannot run" in out
-    assert main(["--brief", "--moe", "router_topk=1"]) == 0
+    assert main(["--brief", "--moe", "aux_loss_coeff=0.02"]) == 0
     out = capsys.readouterr().out
     assert "| layout | decoder-only |" in out and "gradient norm" not in out
     assert out.count("| micro-batches of 2 |") == 1

@@ -71,6 +71,9 @@ class Booked(Communicator):
     def receive_(self, tensor: Tensor, source: int) -> Pending:
         raise AssertionError("a dispatcher receives from all ranks at once")
 
+    def send_receive_(self, tensor: Tensor, to: int, received: Tensor, source: int) -> Pending:
+        raise AssertionError("a dispatcher sends to all ranks at once")
+
     def barrier(self) -> None:
         raise AssertionError("a dispatcher needs no barrier")
 
