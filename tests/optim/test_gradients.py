@@ -1,5 +1,7 @@
 """Buckets: who lies where, and what is summed over whom and when."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -19,9 +21,12 @@ from torch import nn
 
 from megatron_moe.optim.bucket import ALIGNMENT, Bucket, wide_dtype
 from megatron_moe.optim.gradients import GradientBuckets
+from megatron_moe.parallel.arrival import Arrival
+from megatron_moe.parallel.communicator import Communicator
 from megatron_moe.parallel.grid import Grid
 from megatron_moe.parallel.layout import Init, ParamLayout, new_parameter
 from megatron_moe.parallel.state import ParallelState
+from megatron_moe.parallel.wrapped import Wrapped
 
 EXACT_SUM = 1e-14  # a few additions in float64
 
@@ -232,3 +237,52 @@ def test_the_planner_can_ask_on_meta_what_a_thousand_ranks_would_send() -> None:
     bucket.gather_weights()
     # all but the own 1024th part: float32 gradients out, bfloat16 weights in
     assert tallies["dp_cp"].sent_bytes == {"reduce_scatter": 1023 * 1024 * 4, "all_gather": 1023 * 1024 * 2}
+
+
+class Waited(Arrival):
+    def __init__(self, inner: Arrival, waits: list[int]) -> None:
+        self.inner, self.waits = inner, waits
+
+    def wait(self) -> torch.Tensor:
+        found = self.inner.wait()
+        self.waits.append(found.numel())
+        return found
+
+    def is_here(self) -> bool:
+        return False
+
+
+class Watched(Wrapped):
+    """Keeps how many elements each collective had that was waited for."""
+
+    def __init__(self, inner: Communicator) -> None:
+        super().__init__(inner)
+        self.waits: list[int] = []
+
+    def arriving(self, arrival: Arrival) -> Arrival:
+        return Waited(arrival, self.waits)
+
+
+def test_a_layer_waits_for_its_own_weights_and_is_summed_when_it_is_done_with() -> None:
+    state, tallies = ParallelState.recorded(Grid(2), rank=0)
+    watched = Watched(state.dp_cp.comm)
+    state = replace(state, dp_cp=replace(state.dp_cp, comm=watched))
+    sizes = {"embedding.weight": 32, "layers.0.weight": 64, "layers.1.weight": 96, "layers.2.weight": 128}
+    members = [(name, parameter(size)) for name, size in sizes.items()]
+    buckets = GradientBuckets([members], state, bucket_elements=1, sharded=True, overlap=True)
+    for bucket in buckets.buckets:
+        bucket.start_gather()
+    for layer, wanted in ((None, [32]), (1, [96]), (1, []), (0, [64])):
+        buckets.await_weights(layer)
+        assert watched.waits == wanted
+        watched.waits.clear()
+    buckets.settle()
+    assert watched.waits == [128]
+    buckets.zero_()
+    for layer, calls in ((2, 1), (2, 1), (0, 3)):
+        buckets.layer_done(0, layer)
+        assert tallies["dp_cp"].calls["reduce_scatter"] == calls
+    buckets.reduce(0)
+    assert tallies["dp_cp"].calls["reduce_scatter"] == 4 and watched.waits == [128]
+    buckets.reduce()
+    assert len(watched.waits) == 5
