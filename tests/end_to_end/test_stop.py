@@ -14,6 +14,7 @@ from ranks import run_on_ranks
 from megatron_moe.config.errors import DataError, NonFiniteError
 from megatron_moe.config.run import RunConfig
 from megatron_moe.data.batch import Batch
+from megatron_moe.data.hashes import hashes_path
 from megatron_moe.launch import children
 from megatron_moe.parallel.state import ParallelState
 from megatron_moe.training.engine import StepResult, grid_of
@@ -229,6 +230,7 @@ def test_a_token_that_one_rank_cannot_read_ends_all_ranks_alike(tmp_path: Path) 
     tokens = bytearray(Path(f"{corpus}.bin").read_bytes())
     tokens[200:202] = (60_000).to_bytes(2, "little")
     Path(f"{corpus}.bin").write_bytes(tokens)
+    hashes_path(corpus).unlink()  # as of a pair that was written so: its hashes would tell of a change first
     answers = run_on_ranks(4, meet_bad_token, job(corpus, training={"train_iters": 100}).to_json())
     assert len(set(answers)) == 1
     assert "rank " in answers[0] and "holds token 60000, but the vocabulary ends at 60" in answers[0]
