@@ -1,4 +1,4 @@
-"""How the ranks of one axis talk: nobody else (Identity), a process group (Torch), or a record only (Recording).
+"""How the ranks of one axis talk: nobody else (Identity) or a process group (Torch); recording.py only counts.
 
 The only file that calls torch.distributed; FSDP does for itself, over a mesh that is made here. Rows are dim 0. No
 method changes its argument unless its name says so.
@@ -7,7 +7,6 @@ What begins with `start_` returns at once; computing goes on until somebody wait
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -106,6 +105,22 @@ class Communicator(ABC):
     def barrier(self) -> None: ...
 
 
+class Starting(Communicator):
+    """One that starts its collectives: doing one at once is to start it and to wait. A subclass has all `start_`."""
+
+    def all_reduce_(self, tensor: Tensor, op: str = "sum") -> Tensor:
+        return self.start_all_reduce_(tensor, op).wait()
+
+    def all_gather(self, tensor: Tensor, rows: Sequence[int]) -> Tensor:
+        return self.start_all_gather(tensor, rows).wait()
+
+    def reduce_scatter(self, tensor: Tensor, rows: Sequence[int]) -> Tensor:
+        return self.start_reduce_scatter(tensor, rows).wait()
+
+    def all_to_all(self, tensor: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
+        return self.start_all_to_all(tensor, send, receive).wait()
+
+
 class Identity(Communicator):
     """One rank alone."""
 
@@ -152,7 +167,7 @@ class _Work(Pending):
         return all(work.is_completed() for work in self._works)
 
 
-class Torch(Communicator):
+class Torch(Starting):
     """A process group of torch.distributed (gloo or NCCL)."""
 
     OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
@@ -161,18 +176,6 @@ class Torch(Communicator):
         self._group = group
         self._ranks = ranks
         self._rank = rank
-
-    def all_reduce_(self, tensor: Tensor, op: str = "sum") -> Tensor:
-        return self.start_all_reduce_(tensor, op).wait()
-
-    def all_gather(self, tensor: Tensor, rows: Sequence[int]) -> Tensor:
-        return self.start_all_gather(tensor, rows).wait()
-
-    def reduce_scatter(self, tensor: Tensor, rows: Sequence[int]) -> Tensor:
-        return self.start_reduce_scatter(tensor, rows).wait()
-
-    def all_to_all(self, tensor: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
-        return self.start_all_to_all(tensor, send, receive).wait()
 
     def start_all_reduce_(self, tensor: Tensor, op: str = "sum") -> Arrival:
         work = dist.all_reduce(tensor, self.OPS[op], group=self._group, async_op=True)
@@ -243,92 +246,3 @@ def _without_padding(gathered: Tensor, rows: Sequence[int], most: int) -> Tensor
     if min(rows) == most:
         return gathered
     return torch.cat([gathered[r * most : r * most + n] for r, n in enumerate(rows)])
-
-
-@dataclass
-class Tally:
-    """What was sent along one axis: calls, bytes that leave this rank, and those of the largest call, by kind."""
-
-    calls: dict[str, int] = field(default_factory=dict)
-    sent_bytes: dict[str, int] = field(default_factory=dict)
-    largest: dict[str, int] = field(default_factory=dict)
-
-    def add(self, kind: str, sent: int, times: int = 1) -> None:
-        """So many calls that send so many bytes each."""
-        self.calls[kind] = self.calls.get(kind, 0) + times
-        self.sent_bytes[kind] = self.sent_bytes.get(kind, 0) + times * sent
-        self.largest[kind] = max(self.largest.get(kind, 0), sent)
-
-    @property
-    def total_bytes(self) -> int:
-        return sum(self.sent_bytes.values())
-
-    def forget(self) -> None:
-        """Begin again."""
-        for counted in (self.calls, self.sent_bytes, self.largest):
-            counted.clear()
-
-
-def _bytes(tensor: Tensor, rows: int | None = None) -> int:
-    whole = tensor.numel() * tensor.element_size()
-    return whole if rows is None else whole * rows // max(1, tensor.shape[0])
-
-
-def _repeated(tensor: Tensor, rows: int) -> Tensor:
-    """So many rows, the given ones over and over."""
-    own = tensor.shape[0]
-    if not own:
-        return tensor.new_zeros((rows, *tensor.shape[1:]))
-    return tensor.repeat(-(-rows // own), *[1] * (tensor.dim() - 1))[:rows]
-
-
-class Recording(Communicator):
-    """No ranks at all: counts what would be sent, and answers as if all others brought what this one brings.
-
-    What comes from a neighbour is zero, and sums are not taken: so the numbers of a step stay numbers.
-
-    Bytes are those that a bandwidth-optimal (ring) algorithm sends from one rank: (n-1)/n of a tensor for a gather, a
-    scatter or an exchange, twice that for an all-reduce.
-    """
-
-    def __init__(self, size: int, rank: int, tally: Tally) -> None:
-        self._size = size
-        self._rank = rank
-        self.tally = tally
-
-    def all_reduce_(self, tensor: Tensor, op: str = "sum") -> Tensor:
-        self.tally.add("all_reduce", 2 * _bytes(tensor) * (self._size - 1) // self._size)
-        return tensor
-
-    def all_gather(self, tensor: Tensor, rows: Sequence[int]) -> Tensor:
-        self.tally.add("all_gather", _bytes(tensor) * (self._size - 1))
-        return _repeated(tensor, sum(rows))
-
-    def reduce_scatter(self, tensor: Tensor, rows: Sequence[int]) -> Tensor:
-        self.tally.add("reduce_scatter", _bytes(tensor, sum(rows) - rows[self._rank]))
-        return tensor[: rows[self._rank]].clone()
-
-    def all_to_all(self, tensor: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
-        self.tally.add("all_to_all", _bytes(tensor, sum(send) - send[self._rank]))
-        return _repeated(tensor, sum(receive))
-
-    def broadcast_(self, tensor: Tensor, source: int) -> Tensor:
-        self.tally.add("broadcast", _bytes(tensor) if source == self._rank else 0)
-        return tensor
-
-    def send(self, tensor: Tensor, to: int) -> Pending:
-        self.tally.add("send", _bytes(tensor))
-        return Done()
-
-    def receive_(self, tensor: Tensor, source: int) -> Pending:
-        self.tally.add("receive", 0)
-        tensor.zero_()
-        return Done()
-
-    def send_receive_(self, tensor: Tensor, to: int, received: Tensor, source: int) -> Pending:
-        self.tally.add("send_receive", _bytes(tensor))
-        received.zero_()
-        return Done()
-
-    def barrier(self) -> None:
-        self.tally.add("barrier", 0)

@@ -5,8 +5,9 @@ from dataclasses import dataclass, fields
 
 import torch.distributed as dist
 
-from megatron_moe.parallel.communicator import Communicator, Identity, Recording, Tally, Torch
+from megatron_moe.parallel.communicator import Communicator, Identity, Torch
 from megatron_moe.parallel.grid import Grid
+from megatron_moe.parallel.recording import Recording, Tally
 from megatron_moe.parallel.through_host import ThroughHost
 
 

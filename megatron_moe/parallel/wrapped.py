@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from megatron_moe.parallel.arrival import Arrival
-from megatron_moe.parallel.communicator import Communicator, Pending
+from megatron_moe.parallel.communicator import Communicator, Pending, Starting
 
 
-class Wrapped(Communicator):
+class Wrapped(Starting):
     """Does what `inner` does; a subclass says how its collectives arrive. All else passes at once."""
 
     def __init__(self, inner: Communicator) -> None:
@@ -18,18 +18,6 @@ class Wrapped(Communicator):
     @abstractmethod
     def arriving(self, arrival: Arrival) -> Arrival:
         """What is returned instead of a collective that was just started."""
-
-    def all_reduce_(self, tensor: Tensor, op: str = "sum") -> Tensor:
-        return self.start_all_reduce_(tensor, op).wait()
-
-    def all_gather(self, tensor: Tensor, rows: Sequence[int]) -> Tensor:
-        return self.start_all_gather(tensor, rows).wait()
-
-    def reduce_scatter(self, tensor: Tensor, rows: Sequence[int]) -> Tensor:
-        return self.start_reduce_scatter(tensor, rows).wait()
-
-    def all_to_all(self, tensor: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
-        return self.start_all_to_all(tensor, send, receive).wait()
 
     def start_all_reduce_(self, tensor: Tensor, op: str = "sum") -> Arrival:
         return self.arriving(self.inner.start_all_reduce_(tensor, op))

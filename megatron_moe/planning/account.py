@@ -1,6 +1,6 @@
 """What one rank sends along each axis by formula, in the words in which a recording communicator counts."""
 
-from megatron_moe.parallel.communicator import Tally
+from megatron_moe.parallel.recording import Tally
 from megatron_moe.parallel.state import ParallelState
 
 

@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 
-from megatron_moe.parallel.communicator import Tally
 from megatron_moe.parallel.grid import Grid
+from megatron_moe.parallel.recording import Tally
 from megatron_moe.parallel.state import ParallelState
 from megatron_moe.pipeline.actions import Entry, Kind, Pipeline, flat
 

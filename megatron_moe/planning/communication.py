@@ -39,9 +39,9 @@ from megatron_moe.moe.methods import find_method
 from megatron_moe.moe.routers.st_moe import STMoERouter
 from megatron_moe.moe.routers.top_k import TopKRouter
 from megatron_moe.parallel.collectives import shares
-from megatron_moe.parallel.communicator import Tally
 from megatron_moe.parallel.grid import Grid
 from megatron_moe.parallel.layout import layout_of
+from megatron_moe.parallel.recording import Tally
 from megatron_moe.parallel.state import ParallelState
 from megatron_moe.planning.account import Account
 

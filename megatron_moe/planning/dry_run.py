@@ -17,9 +17,9 @@ from megatron_moe.models.build import gpt_spec, stage_parts
 from megatron_moe.models.gpt import GPTStage
 from megatron_moe.optim.bucket import wide_dtype
 from megatron_moe.optim.gradients import GradientBuckets
-from megatron_moe.parallel.communicator import Recording
 from megatron_moe.parallel.grid import Grid
 from megatron_moe.parallel.layout import layout_of
+from megatron_moe.parallel.recording import Recording
 from megatron_moe.parallel.state import ParallelState
 from megatron_moe.pipeline.actions import Pipeline
 from megatron_moe.pipeline.schedules import SCHEDULES

@@ -4,8 +4,9 @@ import pytest
 import torch
 from ranks import run_on_ranks
 
-from megatron_moe.parallel.communicator import Identity, Recording, Tally
+from megatron_moe.parallel.communicator import Identity
 from megatron_moe.parallel.grid import Grid
+from megatron_moe.parallel.recording import Recording, Tally
 from megatron_moe.parallel.state import ParallelState
 
 

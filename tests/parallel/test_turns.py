@@ -7,8 +7,8 @@ import torch
 from ranks import run_on_ranks
 
 from megatron_moe.parallel.arrival import Arrival
-from megatron_moe.parallel.communicator import Recording, Tally
 from megatron_moe.parallel.grid import Grid
+from megatron_moe.parallel.recording import Recording, Tally
 from megatron_moe.parallel.state import ParallelState
 from megatron_moe.parallel.turns import Turns, Yielding, yielding
 

@@ -16,7 +16,7 @@ from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.run import RunConfig
 from megatron_moe.data.batch import Batch, Inputs, Stream
 from megatron_moe.models.build import build_stages, gpt_spec
-from megatron_moe.parallel.communicator import Tally
+from megatron_moe.parallel.recording import Tally
 from megatron_moe.parallel.state import ParallelState
 from megatron_moe.planning.communication import step_traffic
 from megatron_moe.training.engine import Engine, grid_of

@@ -26,8 +26,9 @@ from torch import Tensor
 from megatron_moe.moe.dispatch.dispatcher import NodeAxes
 from megatron_moe.moe.layer import build_dispatcher
 from megatron_moe.moe.plan import RoutingPlan
-from megatron_moe.parallel.communicator import Communicator, Pending, Recording, Tally
+from megatron_moe.parallel.communicator import Communicator, Pending
 from megatron_moe.parallel.grid import Grid
+from megatron_moe.parallel.recording import Recording, Tally
 from megatron_moe.parallel.state import Axis, ParallelState
 
 E, K, H = 8, 3, 16
