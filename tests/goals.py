@@ -10,7 +10,7 @@ import json
 import random
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -85,7 +85,22 @@ class Ledger:
         found = Row(trials.goal, trials.what, node.nodeid, trials.wanted, trials.done, passed, seconds, trials.notes)
         self.rows.append(found)
 
+    def merged(self) -> list[Row]:
+        """One row for all cases of a test, in the order of the goals."""
+        found: dict[tuple[str, str, str], Row] = {}
+        for row in self.rows:
+            test = row.test.partition("[")[0]
+            known = found.get((row.goal, row.what, test))
+            if known is None:
+                found[row.goal, row.what, test] = replace(row, test=test)
+                continue
+            known.wanted += row.wanted
+            known.done += row.done
+            known.passed &= row.passed
+            known.seconds = round(known.seconds + row.seconds, 2)
+            known.notes |= row.notes
+        return sorted(found.values(), key=lambda row: (int(row.goal[1:]), row.test))
+
     def write(self, path: Path) -> None:
-        rows = sorted(self.rows, key=lambda row: (int(row.goal[1:]), row.test))
-        found = {"nightly": self.nightly, "seed": self.seed, "rows": [asdict(row) for row in rows]}
+        found = {"nightly": self.nightly, "seed": self.seed, "rows": [asdict(row) for row in self.merged()]}
         path.write_text(json.dumps(found, indent=1) + "\n")

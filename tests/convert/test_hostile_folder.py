@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from goals import Trials
 from safetensors.torch import save_file
 
 from megatron_moe.config.errors import CheckpointError, DataError, MegatronMoEError
@@ -18,7 +19,6 @@ from megatron_moe.convert.hf_folder import HfFolder, read_json
 from megatron_moe.convert.import_ import import_folder
 from tests.convert.samples import library_model
 
-MUTATIONS = 10_000
 HEADER_LIMIT = 100_000_000
 WORDS = [
     b'"shape":', b'"dtype":"F32"', b'"data_offsets":[0,8]', b"-1", b"1e400", b"NaN", b"18446744073709551615", b"null",
@@ -64,15 +64,17 @@ def mutated(whole: bytes, draw: random.Random) -> bytes:
     return len(header).to_bytes(8, "little") + bytes(header) + body
 
 
-def test_ten_thousand_mutated_headers_are_read_or_refused_in_bounded_memory(tmp_path: Path) -> None:
+@pytest.mark.timeout(7200)
+@pytest.mark.goal("R35", ci=10_000, nightly=1_000_000, what="safetensors headers mutated: refused, in bounded memory")
+def test_mutated_headers_are_read_or_refused_in_bounded_memory(tmp_path: Path, trials: Trials) -> None:
     tensors = {"a": torch.arange(6.0).reshape(2, 3), "b.c": torch.ones(4, dtype=torch.bfloat16), "d": torch.zeros(1, 1)}
     path = tmp_path / hf_folder.SINGLE
     save_file(tensors, path, metadata={"format": "pt"})
-    whole, draw, refused = path.read_bytes(), random.Random(11), 0
+    whole, draw, refused = path.read_bytes(), random.Random(11 + trials.seed), 0
     assert read_all(tmp_path) == 11
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with path.open("r+b", buffering=0) as file:
-        for _ in range(MUTATIONS):
+        for _ in range(trials.wanted):
             changed = mutated(whole, draw)
             os.pwrite(file.fileno(), changed, 0)
             os.ftruncate(file.fileno(), len(changed))
@@ -82,8 +84,9 @@ def test_ten_thousand_mutated_headers_are_read_or_refused_in_bounded_memory(tmp_
             except MegatronMoEError as error:
                 assert str(tmp_path) in str(error)
                 refused += 1
-    assert refused > 0.6 * MUTATIONS
+    assert refused > 0.6 * trials.wanted
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB
+    trials.add(trials.wanted)
 
 
 def test_a_header_larger_than_any_is_refused_before_it_is_read(tmp_path: Path) -> None:
@@ -135,8 +138,9 @@ class Model: ...
 """
 
 
+@pytest.mark.goal("R36", ci=1, nightly=1, what="a model folder with code of its own: none runs, nothing is fetched")
 def test_an_import_runs_no_code_of_the_folder_and_opens_no_connection(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trials: Trials
 ) -> None:
     folder, sentinel = tmp_path / "model", tmp_path / "sentinel"
     library_model("mixtral").save_pretrained(folder)
@@ -168,3 +172,4 @@ def test_an_import_runs_no_code_of_the_folder_and_opens_no_connection(
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     assert import_folder(folder, tmp_path / "ckpt").to_dict() == plain.to_dict()
     assert not sentinel.exists()
+    trials.add(1)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from goals import Trials
 
 from megatron_moe.config.errors import DataError
 from megatron_moe.data import hashes
@@ -62,28 +63,35 @@ def flips_found(prefix: Path, path: Path) -> tuple[int, int]:
     return found, 8 * len(whole)
 
 
-def test_every_flipped_bit_of_the_three_files_is_found(pair: Path) -> None:
+@pytest.mark.goal("R30", ci=8000, nightly=8000, what="every bit of .bin, .idx and hashes flipped: found when read")
+def test_every_flipped_bit_of_the_three_files_is_found(pair: Path, trials: Trials) -> None:
     assert sum(path.stat().st_size for path in parts(pair)) <= 2048
     for path in parts(pair):
         found, bits = flips_found(pair, path)
         assert found == bits, path
         assert bits == 8 * path.stat().st_size > 2000
+        trials.add(bits)
     assert not is_found(pair)
 
 
-def test_without_hashes_the_structure_alone_finds_most_flips_of_the_index(pair: Path) -> None:
+@pytest.mark.goal("R30", ci=2000, nightly=2000, what="every bit of a bare .idx flipped: most found by structure alone")
+def test_without_hashes_the_structure_alone_finds_most_flips_of_the_index(pair: Path, trials: Trials) -> None:
     hashes_path(pair).unlink()
     found, bits = flips_found(pair, Path(f"{pair}.idx"))
     # what is left are document bounds that stay in order
     assert found / bits > 0.95, (found, bits)
+    trials.add(bits)
+    trials.notes["found (%)"] = round(100 * found / bits, 1)
 
 
-def test_every_cut_of_the_three_files_is_found(pair: Path) -> None:
+@pytest.mark.goal("R30", ci=1000, nightly=1000, what=".bin, .idx and hashes cut at every byte: found")
+def test_every_cut_of_the_three_files_is_found(pair: Path, trials: Trials) -> None:
     for path in parts(pair):
         whole = path.read_bytes()
         for size in [*range(len(whole)), len(whole) + 1]:
             path.write_bytes((whole + b"\n")[:size])
             assert is_found(pair), (path, size)
+            trials.add(1)
         path.write_bytes(whole)
     assert not is_found(pair)
 

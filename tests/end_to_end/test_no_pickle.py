@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from goals import Trials
 
 from tests.end_to_end.commands import call, whole_checkpoint, write_recipe
 from tests.end_to_end.tiny_job import job, write_corpus
@@ -37,7 +38,10 @@ def traps(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("traps")
-def test_no_command_opens_a_pickle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.goal("R35", ci=1, nightly=1, what="train, resume, export, import, generate, inspect: no pickle is opened")
+def test_no_command_opens_a_pickle(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], trials: Trials
+) -> None:
     with pytest.raises(AssertionError, match="a pickle was opened"):
         pickle.loads(b"N.")
     config = job(write_corpus(tmp_path / "tokens"), **MIXTRAL)
@@ -53,3 +57,4 @@ def test_no_command_opens_a_pickle(tmp_path: Path, capsys: pytest.CaptureFixture
     assert convert_checkpoint.main(["import", "--hf-folder", str(folder), "--save", str(imported)]) == 0
     assert generate.main(["--load", str(saved), "--prompt", "1 2 3", "--max-new-tokens", "3"]) == 0
     assert capsys.readouterr().out
+    trials.add(1)

@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from goals import Trials
 
 from tests.house.sources import ROOT
 
@@ -49,7 +50,8 @@ def seen(environment: dict[str, str]) -> list[str]:
     return Path(environment["SEEN"]).read_text().split("\0")[:-1]
 
 
-def test_arguments_arrive_letter_by_letter(stand_ins: dict[str, str], tmp_path: Path) -> None:
+@pytest.mark.goal("R38", ci=100, nightly=100, what="words made to run something, given to the launch scripts: none does")
+def test_arguments_arrive_letter_by_letter(stand_ins: dict[str, str], tmp_path: Path, trials: Trials) -> None:
     sentinel = tmp_path / "sentinel"
     given = words(sentinel)
     assert len(set(given)) == 100
@@ -62,6 +64,7 @@ def test_arguments_arrive_letter_by_letter(stand_ins: dict[str, str], tmp_path: 
     answer = run(SLURM, "--python", python, "--", *given, environment=job)
     assert answer.returncode == 0 and seen(job)[-100:] == given, answer.stderr
     assert not sentinel.exists()
+    trials.add(len(given))
 
 
 def read_back(text: str) -> list[str]:
