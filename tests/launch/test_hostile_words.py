@@ -50,7 +50,7 @@ def seen(environment: dict[str, str]) -> list[str]:
     return Path(environment["SEEN"]).read_text().split("\0")[:-1]
 
 
-@pytest.mark.goal("R38", ci=100, nightly=100, what="words made to run something, given to the launch scripts: none does")
+@pytest.mark.goal("R38", ci=100, nightly=100, what="words that would run something, given to the scripts: none does")
 def test_arguments_arrive_letter_by_letter(stand_ins: dict[str, str], tmp_path: Path, trials: Trials) -> None:
     sentinel = tmp_path / "sentinel"
     given = words(sentinel)
