@@ -38,6 +38,7 @@ def summary(dataset: IndexedDataset) -> dict[str, Any]:
         "shortest_sequence": min((int(piece.min()) for piece in pieces), default=0),
         "longest_sequence": max((int(piece.max()) for piece in pieces), default=0),
         "fingerprint": dataset.fingerprint(),
+        "tokenizer": dataset.tokenizer_fingerprint(),
     }
 
 

@@ -13,7 +13,7 @@ from megatron_moe.data.gpt_dataset import BlendedDataset, Dataset, GPTDataset, S
 from megatron_moe.data.indexed_dataset import IndexedDataset
 from megatron_moe.data.objectives import PrefixOptions, SpanOptions
 from megatron_moe.data.split import SPLITS, split_ranges
-from megatron_moe.data.tokenizer import Tokenizer
+from megatron_moe.data.tokenizer import NullTokenizer, Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +21,8 @@ logger = logging.getLogger(__name__)
 def build_datasets(config: RunConfig, tokenizer: Tokenizer) -> dict[str, Dataset | None]:
     """ "train", "valid" and "test": None where --split gives nothing, or where valid or test has no whole sample.
 
-    Raises ConfigError if options contradict the tokenizer, DataError if a corpus is missing, broken or too short.
+    Raises ConfigError if options or corpora contradict the tokenizer, DataError if a corpus is missing, broken or too
+    short.
     """
     options = sample_options(config, tokenizer)
     if not config.data.prefixes:
@@ -31,12 +32,27 @@ def build_datasets(config: RunConfig, tokenizer: Tokenizer) -> dict[str, Dataset
     corpora = [
         IndexedDataset(prefix, use_hashes=config.data.verify_data == "lazy") for prefix in config.data.prefixes
     ]
+    _check_tokenizer(corpora, tokenizer)
     ranges = [split_ranges(config.data.split_fractions, corpus.num_sequences) for corpus in corpora]
     build = partial(_build_split, options=options, weights=config.data.weights, seed=config.training.seed)
     return {
         split: build(split, [TokenStream(corpus, part[split]) for corpus, part in zip(corpora, ranges, strict=True)])
         for split in SPLITS
     }
+
+
+def _check_tokenizer(corpora: Sequence[IndexedDataset], tokenizer: Tokenizer) -> None:
+    """Ids must mean what they meant when they were made; a NullTokenizer leaves their meaning open."""
+    if isinstance(tokenizer, NullTokenizer):
+        return
+    own = tokenizer.fingerprint()
+    others = [corpus for corpus in corpora if corpus.tokenizer_fingerprint() not in (None, own)]
+    if others:
+        made = "; ".join(f"{corpus.prefix}: {corpus.tokenizer_fingerprint()}" for corpus in others)
+        raise ConfigError(
+            f"the tokenizer has the fingerprint {own}, but tokens of --data-path were made with another one ({made}); "
+            "give the tokenizer that made them, or preprocess the text with this one."
+        )
 
 
 def vocabulary_size(config: RunConfig, tokenizer: Tokenizer) -> int:

@@ -1,7 +1,8 @@
 """The hashes of a token file, kept beside it in `<prefix>.hashes.json`, so that a bit that rots is found.
 
-One JSON object: the xxh3-128 of .idx, the size of .bin and the xxh3-128 of each of its blocks, end to end in a string.
-Its own hash stands in it too. A pair without it, as Megatron writes them, is read all the same.
+One JSON object: the xxh3-128 of .idx, the size of .bin and the xxh3-128 of each of its blocks, end to end in a string;
+and, where it is known, what fingerprint the tokenizer had that made the tokens. Its own hash stands in it too. A pair
+without it, as Megatron writes them, is read all the same.
 """
 
 from __future__ import annotations
@@ -42,10 +43,13 @@ class Hashes:
     bin_bytes: int
     block_bytes: int
     blocks_xxh3_128: str  # hexadecimal, 32 digits for each block of .bin
+    tokenizer: str = ""  # Tokenizer.fingerprint(); empty where nobody said
 
     def to_bytes(self) -> bytes:
         """The file: one way to write it, so that no bit of it can change unseen."""
         table: dict[str, Any] = {"format": FORMAT, **asdict(self)}
+        if not self.tokenizer:
+            del table["tokenizer"]
         table["xxh3_128"] = xxhash.xxh3_128_hexdigest(_json(table))
         return _json(table)
 
@@ -88,7 +92,9 @@ def read_hashes(prefix: str | Path, *, bin_bytes: int) -> Hashes | None:
 def _is_complete(found: Hashes) -> bool:
     """Whether there is a hash for each block, of a size that may be read."""
     size, digits = found.block_bytes, found.blocks_xxh3_128
-    if type(size) is not int or not 0 < size <= LARGEST_BLOCK or not isinstance(digits, str):
+    if not isinstance(digits, str) or not isinstance(found.tokenizer, str):
+        return False
+    if type(size) is not int or not 0 < size <= LARGEST_BLOCK:
         return False
     return len(digits) == 2 * DIGEST_BYTES * -(-found.bin_bytes // size)
 

@@ -206,6 +206,10 @@ class IndexedDataset:
         """Changes when any token does; None without hashes, since all of .bin would have to be read."""
         return None if self.checker is None else self.checker.hashes.tokens_fingerprint()
 
+    def tokenizer_fingerprint(self) -> str | None:
+        """Of the tokenizer that made the tokens; None where the hashes do not say, or are not there."""
+        return (self.checker.hashes.tokenizer or None) if self.checker is not None else None
+
     @cached_property
     def _index_hash(self) -> str:
         """Reads the whole index, once."""

@@ -28,14 +28,18 @@ class IndexedDatasetWriter:
     """Collects documents; `finish` publishes the pair, leaving the `with` block without it removes every trace.
 
     Keeps 4 bytes for each sequence and 8 for each document in memory.
+    tokenizer: fingerprint of what makes the tokens, kept beside them; "" where it is not known.
     Raises ConfigError if the pair exists (unless `overwrite`) or is being written, StorageError if the disk fails.
     """
 
-    def __init__(self, prefix: str | Path, *, dtype: np.dtype[Any], overwrite: bool = False) -> None:
+    def __init__(
+        self, prefix: str | Path, *, dtype: np.dtype[Any], overwrite: bool = False, tokenizer: str = ""
+    ) -> None:
         self.prefix = str(prefix)
         self.dtype = np.dtype(dtype).newbyteorder("<")
         self._code = next(code for code, known in DTYPES.items() if np.dtype(known) == np.dtype(dtype))
         self._overwrite = overwrite
+        self._tokenizer = tokenizer
         self._lengths: list[IntArray] = []
         self._boundaries: list[IntArray] = [np.zeros(1, np.int64)]
         self.num_sequences = self.num_documents = self.num_tokens = 0
@@ -142,6 +146,7 @@ class IndexedDatasetWriter:
             bin_bytes=self._blocks.num_bytes,
             block_bytes=self._blocks.block_bytes,
             blocks_xxh3_128=self._blocks.hexdigests(),
+            tokenizer=self._tokenizer,
         )
 
     def _write_index(self, index: BinaryIO) -> None:
@@ -167,15 +172,32 @@ class IndexedDatasetWriter:
 
 
 def merge(prefixes: Sequence[str], output: str, *, overwrite: bool = False) -> int:
-    """Joins corpora in the given order into one; returns its number of documents."""
+    """Joins corpora in the given order into one; returns its number of documents.
+
+    Raises ConfigError if they are known to be made with different tokenizers.
+    """
     if output in prefixes:
         raise ConfigError(f"the output '{output}' is one of the inputs; choose another --output-prefix.")
     sources = [IndexedDataset(prefix) for prefix in prefixes]
-    with IndexedDatasetWriter(output, dtype=sources[0].dtype, overwrite=overwrite) as writer:
+    tokenizer = _shared_tokenizer(sources)
+    with IndexedDatasetWriter(output, dtype=sources[0].dtype, overwrite=overwrite, tokenizer=tokenizer) as writer:
         for source in sources:
             writer.add_dataset(source)
         writer.finish()
         return writer.num_documents
+
+
+def _shared_tokenizer(sources: Sequence[IndexedDataset]) -> str:
+    """Its fingerprint, if all corpora know it."""
+    made = {source.prefix: source.tokenizer_fingerprint() for source in sources}
+    known = sorted({fingerprint for fingerprint in made.values() if fingerprint})
+    if len(known) > 1:
+        first, other = (next(prefix for prefix, found in made.items() if found == wanted) for wanted in known[:2])
+        raise ConfigError(
+            f"{first} was made with a tokenizer of fingerprint {known[0]}, {other} with {known[1]}: ids of the one "
+            "mean nothing to the other; preprocess both with the same tokenizer."
+        )
+    return known[0] if known and all(made.values()) else ""
 
 
 class _storage:

@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ from megatron_moe.config.errors import ConfigError, DataError
 from megatron_moe.data.indexed_dataset import IntArray, token_dtype
 from megatron_moe.data.indexed_writer import IndexedDatasetWriter
 from megatron_moe.data.readers import Record, RecordReader, TextUnit, find_inputs, is_text
-from megatron_moe.data.tokenizer import Tokenizer, TokenizerFiles, open_tokenizer
+from megatron_moe.data.tokenizer import NullTokenizer, Tokenizer, TokenizerFiles, open_tokenizer
 from megatron_moe.data.workers import Workers
 
 BATCH_RECORDS = 256
@@ -167,10 +168,16 @@ def preprocess(
     reader = RecordReader(paths, keys=options.json_keys, text_unit=options.text_document)
     encoder = Encoder(options.tokenizer, options.json_keys, options.append_eod, options.on_error == "stop")
     prefixes = tuple(f"{options.output_prefix}_{key}_document" for key in options.json_keys)
-    dtype = token_dtype(tokenizer.vocab_size)
+    opened = partial(
+        IndexedDatasetWriter,
+        dtype=token_dtype(tokenizer.vocab_size),
+        overwrite=options.overwrite,
+        # what ids mean that were given as numbers, nobody knows
+        tokenizer="" if isinstance(tokenizer, NullTokenizer) else tokenizer.fingerprint(),
+    )
     with ExitStack() as stack:
         writers = {
-            key: stack.enter_context(IndexedDatasetWriter(prefix, dtype=dtype, overwrite=options.overwrite))
+            key: stack.enter_context(opened(prefix))
             for key, prefix in zip(options.json_keys, prefixes, strict=True)
         }
         progress = Progress(0, reader.num_bytes, 0, 0, 0)

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from goals import Trials
 
 from megatron_moe.config.errors import ConfigError, DataError
 from megatron_moe.config.run import RunConfig
@@ -111,3 +112,18 @@ def test_options_that_contradict_the_tokenizer_are_refused(corpora: Path) -> Non
         build_datasets(config(), ByteTokenizer())
     with pytest.raises(DataError, match="no corpus at"):
         build_datasets(config(corpora / "missing"), ByteTokenizer())
+
+
+@pytest.mark.goal("R31", ci=1, nightly=1, what="a corpus of another tokenizer: refused, with both fingerprints")
+def test_a_corpus_of_another_tokenizer_is_refused(corpora: Path, tmp_path: Path, trials: Trials) -> None:
+    for name, made in (("bytes", ByteTokenizer().fingerprint()), ("other", "f" * 64)):
+        with IndexedDatasetWriter(tmp_path / name, dtype=np.dtype(np.uint16), tokenizer=made) as writer:
+            writer.add_document(np.arange(200))
+            writer.finish()
+    assert build_datasets(config(tmp_path / "bytes", corpora / "a"), ByteTokenizer())["train"] is not None
+    with pytest.raises(ConfigError, match=f"{ByteTokenizer().fingerprint()}, but .*/other: {'f' * 64}\\); give the"):
+        build_datasets(config(tmp_path / "bytes", tmp_path / "other"), ByteTokenizer())
+    # ids without a meaning, and unread hashes
+    assert build_datasets(config(tmp_path / "other"), NullTokenizer(257))["train"] is not None
+    assert build_datasets(config(tmp_path / "other", verify_data="off"), ByteTokenizer())["train"] is not None
+    trials.add(1)

@@ -140,3 +140,18 @@ def test_corpora_of_different_token_types_do_not_merge(tmp_path: Path) -> None:
     assert files(tmp_path) == {"a.bin", "a.idx", "a.hashes.json"}
     with pytest.raises(ConfigError, match="one of the inputs"):
         merge([str(tmp_path / "a")], str(tmp_path / "a"), overwrite=True)
+
+
+def test_merging_keeps_the_tokenizer_that_all_share_and_refuses_two(tmp_path: Path) -> None:
+    for name, made in (("a", "x"), ("b", "x"), ("unknown", ""), ("other", "y")):
+        with IndexedDatasetWriter(tmp_path / name, dtype=UINT16, tokenizer=made) as writer:
+            writer.add_document([1, 2])
+            writer.finish()
+    prefixes = {name: str(tmp_path / name) for name in ("a", "b", "unknown", "other")}
+    merge([prefixes["a"], prefixes["b"]], str(tmp_path / "same"))
+    assert IndexedDataset(tmp_path / "same").tokenizer_fingerprint() == "x"
+    merge([prefixes["a"], prefixes["unknown"]], str(tmp_path / "half"))
+    assert IndexedDataset(tmp_path / "half").tokenizer_fingerprint() is None
+    with pytest.raises(ConfigError, match="/a was made with a tokenizer of fingerprint x, .*/other with y"):
+        merge([prefixes["b"], prefixes["a"], prefixes["other"]][1:], str(tmp_path / "two"))
+    assert not list(tmp_path.glob("two*"))
