@@ -2,9 +2,9 @@
 
 When: after the gradients are summed and before anything is updated. So a bit that flipped while the step used the
 weights is seen, and the update that it spoilt is not made.
-What cannot be seen: numbers that only one rank holds (ZeRO shards of what has no other axis of replicas); and a
-flipped bit that is overwritten before a check comes: with ZeRO-1 the gathered weights, in each step anew, so that only
-an interval of 1 sees all of them.
+What cannot be seen: numbers that only one rank holds (ZeRO shards of what has no other axis of replicas), even once
+they are gathered by all; and a flipped bit that is overwritten before a check comes: weights that each step gathers
+(ZeRO-1) or casts from masters are seen in all steps only with an interval of 1.
 """
 
 import json
