@@ -1,4 +1,4 @@
-"""What a checkpoint saves is compared between all that hold it: no save of copies that differ, and the last one stays."""
+"""What a checkpoint saves is compared among all holders: copies that differ are not saved, and the last one stays."""
 
 import os
 import random
