@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -63,7 +64,8 @@ def _train(config: RunConfig, place: Place, device: torch.device, notes: Sequenc
         state = ParallelState.alone()
     else:
         join(place, device, parallel.distributed_backend, parallel.distributed_timeout_minutes, os.environ)
-        state = ParallelState.distributed(grid_of(config, place.world_size))
+        checks = timedelta(minutes=parallel.distributed_timeout_minutes) if parallel.debug_collectives else None
+        state = ParallelState.distributed(grid_of(config, place.world_size), checks=checks)
     log_dir = Path(config.logging.log_dir) if config.logging.log_dir else None
     with together(state.world, device):
         setup_logging(place.rank, log_dir)

@@ -13,7 +13,8 @@ from megatron_moe.checkpoint.names import absent_experts, expert_name, folded
 from megatron_moe.checkpoint.reshard import Rectangle, first_hole, overlapping_pair
 from megatron_moe.checkpoint.storage import Storage, write_file
 from megatron_moe.checkpoint.write import HeldSlice, RankTable
-from megatron_moe.config.errors import CheckpointError, StorageError
+from megatron_moe.config.errors import CheckpointError, ReplicaError, StorageError
+from megatron_moe.parallel.copies import dissent
 
 # (rank, slice)
 Held = tuple[int, HeldSlice]
@@ -23,7 +24,7 @@ def assemble(tables: Sequence[RankTable], run_id: str, step: int, code_version: 
     """The manifest of what the ranks wrote.
 
     Raises StorageError if a rank's disk failed; CheckpointError if a tensor has a hole or an overlap, if ranks disagree
-    about its shape, if replicas differ, or if an expert is absent.
+    about its shape, or if an expert is absent; ReplicaError if nothing is wrong but that replicas differ.
     """
     for storage, error in ((False, CheckpointError), (True, StorageError)):
         told = enumerate(tables)
@@ -35,14 +36,17 @@ def assemble(tables: Sequence[RankTable], run_id: str, step: int, code_version: 
         for piece in table.slices:
             held[piece.part][piece.name].append((rank, piece))
     problems: list[str] = []
+    drifted: list[str] = []
     parts = {
-        part: {name: _tensor(f"{part} tensor '{name}'", tensors[name], problems) for name in sorted(tensors)}
+        part: {name: _tensor(f"{part} tensor '{name}'", tensors[name], problems, drifted) for name in sorted(tensors)}
         for part, tensors in sorted(held.items())
     }
     absent = folded(absent_experts(parts.get("model", {})))
     problems += [f"model tensor '{name}' is written by no rank, but those of other experts are" for name in absent]
     if problems:
-        raise CheckpointError(_listing(problems, limit=10))
+        raise CheckpointError(_listing(problems + drifted, limit=10))
+    if drifted:
+        raise ReplicaError(_listing(drifted, limit=10))
     return Manifest(
         run_id=run_id,
         step=step,
@@ -59,7 +63,7 @@ def _listing(problems: Sequence[str], limit: int) -> str:
     return "\n".join(problems[:limit]) + more
 
 
-def _tensor(what: str, held: Sequence[Held], problems: list[str]) -> StoredTensor:
+def _tensor(what: str, held: Sequence[Held], problems: list[str], drifted: list[str]) -> StoredTensor:
     rank, first = held[0]
     for other, piece in held:
         if (piece.dtype, piece.global_shape) != (first.dtype, first.global_shape):
@@ -69,9 +73,9 @@ def _tensor(what: str, held: Sequence[Held], problems: list[str]) -> StoredTenso
             )
             return StoredTensor(first.dtype, first.global_shape, ())
     written = [(other, piece) for other, piece in held if piece.primary and piece.length]
-    problem = _tiling_problem(what, first.global_shape, written) or _replica_problem(what, held, written)
-    if problem:
-        problems.append(problem)
+    problem = _tiling_problem(what, first.global_shape, written) or _stray_replica(what, held, written)
+    problems += [problem] if problem else []
+    drifted += [] if problem else _drifted_replicas(what, held)
     slices = (StoredSlice(piece.file, piece.start, piece.length, piece.rectangle, piece.xxh3) for _, piece in written)
     return StoredTensor(first.dtype, first.global_shape, tuple(sorted(slices, key=lambda part: part.rectangle.offset)))
 
@@ -86,23 +90,25 @@ def _tiling_problem(what: str, shape: tuple[int, ...], written: Sequence[Held]) 
     return f"{what} of shape {list(shape)}: no rank writes {hole}" if hole else ""
 
 
-def _replica_problem(what: str, held: Sequence[Held], written: Sequence[Held]) -> str:
-    primary = {piece.rectangle: (rank, piece) for rank, piece in written}
-    differing: dict[Rectangle, list[int]] = defaultdict(list)
+def _stray_replica(what: str, held: Sequence[Held], written: Sequence[Held]) -> str:
+    rectangles = {piece.rectangle for _, piece in written}
     for rank, piece in held:
-        if piece.primary or not piece.rectangle.volume:
-            continue
-        if piece.rectangle not in primary:
+        if piece.rectangle.volume and piece.rectangle not in rectangles:
             return f"{what}: rank {rank} holds a replica of {piece.rectangle}, which no rank writes as such"
-        if piece.xxh3 != primary[piece.rectangle][1].xxh3:
-            differing[piece.rectangle].append(rank)
-    for rectangle, ranks in differing.items():
-        agreeing = [rank for rank, piece in held if piece.rectangle == rectangle and rank not in ranks]
-        return (
-            f"{what} {rectangle} should be the same on all its holders, but ranks {ranks} differ from ranks "
-            f"{agreeing}: replicas have drifted apart (a missing gradient sum, or a faulty device)"
-        )
     return ""
+
+
+def _drifted_replicas(what: str, held: Sequence[Held]) -> list[str]:
+    hashes: dict[Rectangle, dict[int, str]] = defaultdict(dict)
+    for rank, piece in held:
+        hashes[piece.rectangle][rank] = piece.xxh3
+    said = {rectangle: dissent(by_rank) for rectangle, by_rank in hashes.items()}
+    return [
+        f"{what} {rectangle} should be the same on all its holders, but {words}: replicas have drifted apart "
+        f"(a missing gradient sum, or a faulty device)"
+        for rectangle, words in said.items()
+        if words
+    ]
 
 
 def _totals(parts: dict[str, dict[str, StoredTensor]]) -> dict[str, Any]:

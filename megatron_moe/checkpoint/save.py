@@ -25,7 +25,7 @@ from megatron_moe.checkpoint.snapshot import take_snapshot
 from megatron_moe.checkpoint.storage import Storage, describe_failure, make_dirs
 from megatron_moe.checkpoint.stream import code_version
 from megatron_moe.checkpoint.write import RankTable, Share, write_share
-from megatron_moe.config.errors import CheckpointError, ConfigError, MegatronMoEError, StorageError
+from megatron_moe.config.errors import CheckpointError, ConfigError, MegatronMoEError, ReplicaError, StorageError
 from megatron_moe.parallel.blocks import Block
 from megatron_moe.parallel.state import Axis
 
@@ -64,8 +64,8 @@ class CheckpointWriter:
     """Writes checkpoints of one run; all ranks of `world` make the same calls in the same order.
 
     A full or failing disk is logged and kept in `last_error` (StorageError), and training may go on: the last good
-    checkpoint is untouched. Tensors with holes or overlaps, and replicas that differ, raise CheckpointError, on all
-    ranks.
+    checkpoint is untouched. Tensors with holes or overlaps raise CheckpointError, replicas that differ ReplicaError, on
+    all ranks.
     background: write in a thread; otherwise save() returns when the checkpoint is committed.
     device: where the world's communicator wants its tensors.
     """
@@ -221,6 +221,8 @@ class CheckpointWriter:
             return {"storage": describe_failure(error, flight.folder, 0)}
         except StorageError as error:
             return {"storage": str(error)}
+        except ReplicaError as error:
+            return {"replicas": str(error)}
         except Exception as error:
             return {"check": str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"}
         for twin, first in twin_experts(manifest.parts.get("model", {}))[:5]:
@@ -233,9 +235,10 @@ class CheckpointWriter:
             self.last_error, self.last_step = None, flight.step
             self._log(logging.INFO, "saved step %d in %s", flight.step, self._root)
             return flight.step
-        told = f"step {flight.step} was not saved: {answer.get('storage') or answer.get('check')}"
-        if "check" in answer:
-            self.last_error = CheckpointError(told)
+        told = f"step {flight.step} was not saved: {next(iter(answer.values()))}"
+        if "storage" not in answer:
+            kept = f"\nThe last good checkpoint: {self._kept()}."
+            self.last_error = CheckpointError(told) if "check" in answer else ReplicaError(told + kept)
             raise self.last_error
         self._fail(StorageError(told))
         return None
@@ -257,8 +260,11 @@ class CheckpointWriter:
 
     def _fail(self, error: StorageError) -> None:
         self.last_error = error
-        kept = "none in this run yet" if self.last_step is None else f"step {self.last_step}"
-        self._log(logging.ERROR, "%s\nLast good checkpoint: %s. Free some room, or save elsewhere.", error, kept)
+        text = "%s\nLast good checkpoint: %s. Free some room, or save elsewhere."
+        self._log(logging.ERROR, text, error, self._kept())
+
+    def _kept(self) -> str:
+        return "none in this run yet" if self.last_step is None else f"step {self.last_step}"
 
     def _log(self, level: int, message: str, *values: object) -> None:
         if self._world.is_first:

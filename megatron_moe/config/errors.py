@@ -8,7 +8,8 @@ MegatronMoEError
 ├── StorageError        74   the disk is full or failing; the last good checkpoint is kept
 ├── PeerError           86   another rank died or a collective failed
 ├── NoProgressError     93   several attempts in a row ended without a newer checkpoint
-└── NonFiniteError      16   a loss or gradient is NaN or infinite
+├── NonFiniteError      16   a loss or gradient is NaN or infinite
+└── ReplicaError        16   ranks that must hold the same numbers do not
 """
 
 from __future__ import annotations
@@ -30,6 +31,15 @@ class ConfigError(MegatronMoEError):
 
 class NonFiniteError(MegatronMoEError):
     """A loss or gradient is NaN or infinite: a suspected fault, worth a run on other machines."""
+
+    exit_code: ClassVar[int] = 16
+
+
+class ReplicaError(MegatronMoEError):
+    """Ranks that must hold the same numbers do not: a suspected fault of one of them.
+
+    16, not 17: no result was computed twice and rejected, and the last good checkpoint is worth a start elsewhere.
+    """
 
     exit_code: ClassVar[int] = 16
 

@@ -101,6 +101,7 @@ MEGATRON_FLAGS = {
     "--decoder-seq-length": "it follows from --seq-length and the noise, so that nothing is padded; leave it out",
     "--mask-prob": "give the share of noise with --noise-density",
     "--save-retain-interval": "give the number of checkpoints to keep with --keep",
+    "--check-weight-hash-across-dp-replicas-interval": "give --check-replicas-interval, which compares more than that",
     "--yaml-cfg": "write a recipe in TOML and give it with --config",
 }
 

@@ -140,6 +140,11 @@ class ParallelConfig:
     distributed_timeout_minutes: float = option(
         10.0, "a collective that takes longer ends the run, in minutes", above=0
     )
+    debug_collectives: bool = option(
+        False,
+        "before each collective and message the ranks compare what they are about to do and from which line: a mistake "
+        "ends the run with exit code 86 and names the rank; slow",
+    )
 
     def __post_init__(self) -> None:
         check_values(self)

@@ -108,6 +108,10 @@ def _sharding(run: Sections) -> None:
         )
     if num_rounds(run.model, parallel) > 1:
         raise ConfigError(f"{flag} shards one stage as a whole, and a rank has several; use optim, or one stage.")
+    if parallel.debug_collectives:
+        raise ConfigError(
+            f"{flag} sends through PyTorch's FSDP, which --debug-collectives cannot look at; use optim, or leave it out."
+        )
     if parallel.pipeline_schedule in ("1f1b_split", "zb_h1", "1f1b_overlap"):
         raise ConfigError(
             f"{flag} reduces weight gradients within the backward pass, which --pipeline-schedule "

@@ -32,6 +32,12 @@ class TrainingConfig:
         None, "end the run, with a checkpoint and exit code 75, after the step in which this file exists on rank 0"
     )
     check_for_nan_in_loss_and_grad: bool = option(True, "stop when a loss or gradient is NaN or infinite")
+    check_replicas_interval: int | None = option(
+        None,
+        "every so many steps compare, by hashes, all weights, router states and optimizer states that several ranks "
+        "must hold alike; on a difference stop with exit code 16; none = only what a checkpoint saves is compared",
+        at_least=1,
+    )
 
     def __post_init__(self) -> None:
         check_values(self)

@@ -12,6 +12,8 @@ def check_world(run: Sections, world_size: int) -> None:
     _dense_grid(run, world_size)
     _expert_grid(run, world_size)
     _batch(run, world_size)
+    if world_size == 1 and run.parallel.debug_collectives:
+        raise ConfigError("--debug-collectives has no effect with one rank, which talks to nobody; leave it out.")
 
 
 def _dense_grid(run: Sections, world_size: int) -> None:

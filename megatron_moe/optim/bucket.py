@@ -129,10 +129,13 @@ class Bucket:
         """(shard_elements,) this rank's part of the gradients, a view; whole sums once the bucket is reduced."""
         return self.gradients[self._own]
 
+    def replica_axes(self, layout: ParamLayout) -> tuple[str, ...]:
+        """Axes along which every rank owns the same numbers of such a parameter."""
+        return layout.replica_axes if self.sharded else (*layout.replica_axes, layout.reduce_over)
+
     def speaks_for(self, layout: ParamLayout) -> bool:
         """True on the one rank, among those that own the same numbers, which counts and saves them."""
-        replicas = [self._state.axis(name) for name in layout.replica_axes]
-        return all(axis.is_first for axis in replicas) and (self.sharded or self.axis.is_first)
+        return all(self._state.axis(name).is_first for name in self.replica_axes(layout))
 
     def is_done_with(self, layer: int) -> bool:
         """Whether all gradients are complete once those of all layers from this one on are."""

@@ -20,9 +20,10 @@ from torch.distributed.tensor import DTensor, Shard
 
 from megatron_moe.optim.bucket import aligned, wide_dtype
 from megatron_moe.optim.gradients import GradientBuckets
-from megatron_moe.optim.owned import OwnBucket
+from megatron_moe.optim.owned import OwnBucket, copies_of
 from megatron_moe.parallel.blocks import Block, module_blocks
 from megatron_moe.parallel.communicator import Torch
+from megatron_moe.parallel.copies import Copy, module_copies
 from megatron_moe.parallel.layout import LogicalPiece, ParamLayout, layout_of, logical_pieces
 from megatron_moe.parallel.state import Axis, ParallelState
 
@@ -123,8 +124,11 @@ class ShardedParameter:
             stride=own.stride(),
         )
 
+    def replica_axes(self, layout: ParamLayout) -> tuple[str, ...]:
+        return layout.replica_axes
+
     def speaks_for(self, layout: ParamLayout) -> bool:
-        return all(self._state.axis(name).is_first for name in layout.replica_axes)
+        return all(self._state.axis(name).is_first for name in self.replica_axes(layout))
 
     def publish(self, master: Tensor) -> None:
         """Nothing to do: the next forward pass gathers from the masters."""
@@ -290,6 +294,13 @@ class FullyShardedParameters:
         """Free what a forward pass gathered that no backward pass follows."""
         if isinstance(self._stage, FSDPModule):
             self._stage.reshard()
+
+    def weight_copies(self) -> list[Copy]:
+        """What of the weights and remembered states other ranks hold too; of those that are sharded, the masters."""
+        found = module_copies([self._stage], self.state, but=self._names)
+        for parameter in self._sharded:
+            found += copies_of(parameter, "", parameter.own_weights, self.state)
+        return found
 
     def weight_blocks(self) -> list[Block]:
         """All parameters and remembered states of the stage in the model's dtype; to read, for they may be copies."""

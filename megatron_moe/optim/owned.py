@@ -1,12 +1,14 @@
 """What optimizer and clipping need of gradients, whoever keeps them: this rank's own part, flat and wide."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from megatron_moe.parallel.blocks import Block
+from megatron_moe.parallel.copies import Copy
 from megatron_moe.parallel.layout import ParamLayout
 from megatron_moe.parallel.state import ParallelState
 
@@ -45,11 +47,27 @@ class OwnBucket(Protocol):
     def own_gradients(self) -> Tensor:
         """(shard_elements,) wide, a view; whole sums once they are reduced."""
 
+    def replica_axes(self, layout: ParamLayout) -> tuple[str, ...]:
+        """Axes along which every rank owns the same numbers of such a parameter."""
+
     def speaks_for(self, layout: ParamLayout) -> bool:
         """True on the one rank, among those that own the same numbers, which counts and saves them."""
 
     def publish(self, master: Tensor) -> None:
         """Let modules see the updated weights, (shard_elements,) wide."""
+
+
+def copies_of(bucket: OwnBucket, prefix: str, flat: Tensor, state: ParallelState) -> list[Copy]:
+    """What of a tensor as long as the bucket's shard other ranks own too, one for each parameter."""
+    return [
+        Copy(
+            prefix + part.name,
+            part.of(flat),
+            bucket.replica_axes(part.layout),
+            partial(part.blocks, prefix, part.of(flat), bucket.speaks_for(part.layout), state),
+        )
+        for part in bucket.segments
+    ]
 
 
 class Gradients(Protocol):

@@ -13,8 +13,9 @@ from torch import Tensor
 from megatron_moe.config.optimizer import OptimizerConfig
 from megatron_moe.optim.adamw import AdamWSegment, adamw_
 from megatron_moe.optim.bucket import wide_dtype
-from megatron_moe.optim.owned import Gradients, OwnBucket, Part
+from megatron_moe.optim.owned import Gradients, OwnBucket, Part, copies_of
 from megatron_moe.parallel.blocks import Block
+from megatron_moe.parallel.copies import Copy
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,12 @@ class Shard:
     def has_master(self) -> bool:
         """Whether the masters are more than the parameters themselves."""
         return self.master.dtype != self.bucket.dtype
+
+    @property
+    def kinds(self) -> dict[str, Tensor]:
+        """What belongs to the optimizer alone, by the prefix of its name."""
+        found = {"exp_avg/": self.exp_avg, "exp_avg_sq/": self.exp_avg_sq}
+        return found | {"master/": self.master} if self.has_master else found
 
     def cut(self, segment: Part) -> AdamWSegment:
         """One parameter's part of everything."""
@@ -94,14 +101,20 @@ class ShardedAdamW:
         """Views that a checkpoint keeps: "exp_avg/<name>", "exp_avg_sq/<name>" and, if separate, "master/<name>"."""
         found: list[Block] = []
         for shard in self._shards:
-            kinds = {"exp_avg/": shard.exp_avg, "exp_avg_sq/": shard.exp_avg_sq}
-            if shard.has_master:
-                kinds["master/"] = shard.master
             for segment in shard.bucket.segments:
                 primary = shard.bucket.speaks_for(segment.layout)
-                for prefix, flat in kinds.items():
+                for prefix, flat in shard.kinds.items():
                     found += segment.blocks(prefix, segment.of(flat), primary, self._state)
         return found
+
+    def copies(self) -> list[Copy]:
+        """The same, each parameter's as a whole, with the axes along which other ranks own the same numbers."""
+        return [
+            copy
+            for shard in self._shards
+            for prefix, flat in shard.kinds.items()
+            for copy in copies_of(shard.bucket, prefix, flat, self._state)
+        ]
 
     def state_dict(self) -> dict[str, int]:
         """What is the same on all ranks."""

@@ -41,18 +41,21 @@ def module_blocks(modules: Iterable[nn.Module], state: ParallelState, but: Set[s
             if name in but or id(parameter) in known:  # two stages of one rank share it
                 continue
             known.add(id(parameter))
-            layout = layout_of(parameter)
-            for piece in logical_pieces(name, layout, state):
-                found.append(
-                    Block(
-                        piece.name, piece.global_shape, piece.offset, piece.of(parameter.data), layout.is_primary(state)
-                    )
-                )
-        found += [_state_block(name, tensor, state) for name, tensor in module.named_buffers()]
+            found += parameter_blocks(name, parameter, state)
+        found += [state_block(name, tensor, state) for name, tensor in module.named_buffers()]
     return found
 
 
-def _state_block(name: str, tensor: Tensor, state: ParallelState) -> Block:
+def parameter_blocks(name: str, parameter: nn.Parameter, state: ParallelState) -> list[Block]:
+    """What this rank holds of one parameter."""
+    layout = layout_of(parameter)
+    return [
+        Block(piece.name, piece.global_shape, piece.offset, piece.of(parameter.data), layout.is_primary(state))
+        for piece in logical_pieces(name, layout, state)
+    ]
+
+
+def state_block(name: str, tensor: Tensor, state: ParallelState) -> Block:
     """What a router remembers is the same on all ranks of its stage."""
     return Block(name, tuple(tensor.shape), (0,) * tensor.dim(), tensor, state.stage.is_first)
 

@@ -12,18 +12,22 @@ import torch
 from torch import Tensor
 
 _MASK = (1 << 64) - 1
-_GOLDEN = 0x9E3779B97F4A7C15
+_STEP = 0x9E3779B97F4A7C15
 _MIX1 = 0xBF58476D1CE4E5B9
 _MIX2 = 0x94D049BB133111EB
 
 
-def _signed(value: int) -> int:
+def signed(value: int) -> int:
+    """Modulo 2^64, as int64 holds it."""
     value &= _MASK
     return value - (1 << 64) if value >> 63 else value
 
 
+GOLDEN = signed(_STEP)  # odd: its multiples are all different
+
+
 def _mix_int(value: int) -> int:
-    value = (value + _GOLDEN) & _MASK
+    value = (value + _STEP) & _MASK
     value = ((value ^ (value >> 30)) * _MIX1) & _MASK
     value = ((value ^ (value >> 27)) * _MIX2) & _MASK
     return value ^ (value >> 31)
@@ -34,11 +38,18 @@ def _shift(value: Tensor, bits: int) -> Tensor:
     return (value >> bits) & ((1 << (64 - bits)) - 1)
 
 
+def mix_(value: Tensor) -> Tensor:
+    """splitmix64's last steps, in place, without the first addition: one to one on int64."""
+    value ^= _shift(value, 30)
+    value *= signed(_MIX1)
+    value ^= _shift(value, 27)
+    value *= signed(_MIX2)
+    value ^= _shift(value, 31)
+    return value
+
+
 def _mix(value: Tensor) -> Tensor:
-    value = value + _signed(_GOLDEN)
-    value = (value ^ _shift(value, 30)) * _signed(_MIX1)
-    value = (value ^ _shift(value, 27)) * _signed(_MIX2)
-    return value ^ _shift(value, 31)
+    return mix_(value + GOLDEN)
 
 
 def name_key(name: str) -> int:
@@ -82,7 +93,7 @@ class KeyedRandom:
 
     def bits(self, keys: Tensor) -> Tensor:
         """64 random bits for each key, as int64 of the same shape."""
-        return _mix(_mix(keys) ^ _signed(self.key()))
+        return _mix(_mix(keys) ^ signed(self.key()))
 
     def uniform(self, keys: Tensor) -> Tensor:
         """float64 in (0, 1), never 0 or 1, one for each key."""

@@ -2,9 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from datetime import timedelta
 
 import torch.distributed as dist
 
+from megatron_moe.parallel.checking import Channel, Checking
 from megatron_moe.parallel.communicator import Communicator, Identity, Torch
 from megatron_moe.parallel.grid import Grid
 from megatron_moe.parallel.recording import Recording, Tally
@@ -30,7 +32,6 @@ class Axis:
         return self.rank == self.size - 1
 
 
-Channel = tuple[str, tuple[int, ...]]  # what for, and between which ranks of the world
 Groups = dict[Channel, dist.ProcessGroup]
 MakeCommunicator = Callable[[str, tuple[int, ...], int], Communicator]
 
@@ -90,15 +91,22 @@ class ParallelState:
 
     @classmethod
     def distributed(
-        cls, grid: Grid, *, through_host: bool = False, known: Groups | None = None
+        cls,
+        grid: Grid,
+        *,
+        through_host: bool = False,
+        known: Groups | None = None,
+        checks: timedelta | None = None,
     ) -> "ParallelState":
         """This rank's state in the world that torch.distributed has joined. Collective over the world.
 
         through_host: what is on a GPU is copied to the host and sent from there, for ranks that share a card over gloo.
         known: groups of other grids of this world, used again; new ones are added.
+        checks: before each collective the ranks compare what they are about to do, and wait so long for each other.
         """
         rank = dist.get_rank()
         groups: Groups = {} if known is None else known
+        checking = Checking.begin(rank, checks) if checks is not None else None
         for field in fields(cls):
             # every rank makes every group, in the same order, as torch.distributed demands
             for member in range(grid.world_size):
@@ -106,10 +114,14 @@ class ParallelState:
                 key = _channel(field.name, ranks)
                 if len(ranks) > 1 and key not in groups:
                     groups[key] = dist.new_group(list(ranks))
+                if len(ranks) > 1 and checking is not None:
+                    checking.open(key)
 
         def make(name: str, ranks: tuple[int, ...], place: int) -> Communicator:
-            found = Torch(groups[_channel(name, ranks)], ranks, place)
-            return ThroughHost(found) if through_host else found
+            key = _channel(name, ranks)
+            found: Communicator = Torch(groups[key], ranks, place)
+            found = ThroughHost(found) if through_host else found
+            return found if checking is None else checking.around(found, key, name, place)
 
         return cls.build(grid, rank, make)
 

@@ -1,5 +1,6 @@
 """Model, gradients, optimizer and pipeline of one rank: everything that a step of training needs, and no files."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -20,6 +21,7 @@ from megatron_moe.optim.lr_schedule import learning_rate
 from megatron_moe.optim.owned import Gradients
 from megatron_moe.optim.zero import ShardedAdamW
 from megatron_moe.parallel.blocks import Block, module_blocks
+from megatron_moe.parallel.copies import Copy, module_copies
 from megatron_moe.parallel.grid import Grid
 from megatron_moe.parallel.random import KeyedRandom
 from megatron_moe.parallel.state import ParallelState
@@ -31,6 +33,7 @@ from megatron_moe.pipeline.transfer import Transfer
 from megatron_moe.training.faults import check_finite
 from megatron_moe.training.metrics import LayerStats, MetricsReducer, StepMetrics
 from megatron_moe.training.objective import Objective
+from megatron_moe.training.replicas import ReplicaCheck
 from megatron_moe.training.step import Counting, StepProgram, count_batches
 
 
@@ -76,6 +79,7 @@ class Engine:
         for stage in self._stages:
             collect_small_gradients(stage)
         self.optimizer = ShardedAdamW(self.buckets, config.optimizer, overlap=config.parallel.gathers_beside_computing)
+        self._replicas = ReplicaCheck(config.training.check_replicas_interval, self.copies, state, device)
         self._random = KeyedRandom(config.training.seed)
         self.objective = Objective.of(config.moe)
         num_sparse = sum(layer.moe is not None for layer in self.spec.layers)
@@ -128,7 +132,8 @@ class Engine:
         """Forward, backward, reduce, clip, update.
 
         step: number of finished steps before this one.  batches: this rank's microbatches of the global batch.
-        Raises NonFiniteError on every rank, before anything is updated, when a loss or gradient is NaN or infinite.
+        Raises on every rank, before anything is updated: NonFiniteError when a loss or gradient is NaN or infinite,
+        ReplicaError when copies differ.
         """
         training = self.config.training
         for layer in self._moe_layers().values():
@@ -140,6 +145,8 @@ class Engine:
         self.buckets.reduce()
         norm = clip_(self.buckets, self.config.optimizer.clip_grad)
         metrics = self._metrics.reduce(program.findings, counts.result)
+        finite = math.isfinite(metrics.loss) and math.isfinite(norm)
+        self._replicas.check(step + 1, last_checkpoint, suspect=not finite)
         if training.check_for_nan_in_loss_and_grad:
             local = program.findings.loss
             healthy = local is None or bool(local.isfinite())
@@ -167,6 +174,11 @@ class Engine:
         if self._sharded is not None:
             return self._sharded.weight_blocks()
         return module_blocks(self.stages, self.state)
+
+    def copies(self) -> list[Copy]:
+        """What of the weights, remembered states and optimizer states other ranks must hold too; to read."""
+        weights = module_copies(self.stages, self.state) if self._sharded is None else self._sharded.weight_copies()
+        return weights + self.optimizer.copies()
 
     def fill_weights(self, fill: Callable[[list[Block]], None]) -> None:
         """Let `fill` write the model's weights and remembered states; the optimizer goes on from them."""

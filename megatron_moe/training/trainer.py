@@ -12,7 +12,7 @@ import xxhash
 from megatron_moe.checkpoint.load import CheckpointReader
 from megatron_moe.checkpoint.names import folded
 from megatron_moe.checkpoint.save import CheckpointWriter
-from megatron_moe.config.errors import ConfigError, DataError, NonFiniteError, StorageError
+from megatron_moe.config.errors import ConfigError, DataError, NonFiniteError, ReplicaError, StorageError
 from megatron_moe.config.optional import require
 from megatron_moe.config.run import RunConfig
 from megatron_moe.data.batch import Batch
@@ -125,8 +125,8 @@ class Trainer:
                 self._restarts.begin(self.step)
                 try:
                     self._loop(sinks, signals)
-                except (NonFiniteError, DataError, StorageError):
-                    # all ranks are here: what was being saved is still good
+                except (NonFiniteError, ReplicaError, DataError, StorageError):
+                    # all ranks are here: what was being saved is still good, or is refused
                     self._finish_saving()
                     raise
             self._finish_saving()

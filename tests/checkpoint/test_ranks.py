@@ -14,7 +14,7 @@ from megatron_moe.checkpoint.load import find_checkpoint
 from megatron_moe.checkpoint.rewrite import reshard
 from megatron_moe.checkpoint.save import CheckpointWriter
 from megatron_moe.checkpoint.storage import Storage
-from megatron_moe.config.errors import CheckpointError, StorageError
+from megatron_moe.config.errors import CheckpointError, ReplicaError, StorageError
 from megatron_moe.parallel.blocks import Block, flat_range_blocks
 from megatron_moe.parallel.grid import Grid
 from megatron_moe.parallel.layout import LogicalPiece
@@ -90,7 +90,7 @@ def check_drift(rank: int, world_size: int, root: Path) -> str:
     writer.save(7, parts, {}, "{}", {})
     try:
         writer.finish()
-    except CheckpointError as error:
+    except ReplicaError as error:
         save_rank(writer, rank, world_size, 8)
         writer.finish()
         return str(error)
