@@ -8,8 +8,7 @@ import os
 import shutil
 from pathlib import Path
 
-# some network file systems cannot sync a folder and say so with one of these
-_CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP)
+from megatron_moe.config.whole_file import sync_folder
 
 
 class Storage:
@@ -36,14 +35,7 @@ class Storage:
 
     def sync_dir(self, path: Path) -> None:
         """Return when the names in a folder are on the disk."""
-        folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(folder)
-        except OSError as error:
-            if error.errno not in _CANNOT_SYNC:
-                raise
-        finally:
-            os.close(folder)
+        sync_folder(path)
 
     def rename(self, old: Path, new: Path) -> None:
         """Atomic; replaces a file or a link, never a folder that holds something."""
