@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from megatron_moe.checkpoint.commit import assemble, commit, twin_experts
+from megatron_moe.checkpoint.host_memory import HostMemory
 from megatron_moe.checkpoint.load import examine
 from megatron_moe.checkpoint.manifest import PART_NAME, RUN_ID
 from megatron_moe.checkpoint.messages import all_ready, gather_to_first, told_by_first
@@ -67,6 +68,7 @@ class CheckpointWriter:
     checkpoint is untouched. Tensors with holes or overlaps, and replicas that differ, raise CheckpointError, on all
     ranks.
     background: write in a thread; otherwise save() returns when the checkpoint is committed.
+    Between saves the writer keeps the memory of one snapshot (HostMemory), until finish().
     device: where the world's communicator wants its tensors.
     """
 
@@ -91,6 +93,7 @@ class CheckpointWriter:
         self._background = background
         self._device = device or torch.device("cpu")
         self._rotation = Rotation(self._storage, root, keep)
+        self._memory = HostMemory()
         self._attempt = 0
         self._in_flight: _InFlight | None = None
         self._sweeper: _Job | None = None
@@ -129,9 +132,7 @@ class CheckpointWriter:
         flight = self._in_flight = _InFlight(step, folder)
         metadata = {"run_id": self._run_id, "step": str(step), "rank": str(self._world.rank)}
         try:
-            snapshot = take_snapshot(parts)
-        except CheckpointError as error:
-            flight.table = RankTable(problem=str(error))
+            snapshot = take_snapshot(parts, self._memory)
         except (MemoryError, RuntimeError) as error:
             flight.table = RankTable(problem=f"no copy in host memory: {error or 'out of memory'}", storage=True)
         else:
@@ -168,6 +169,7 @@ class CheckpointWriter:
         try:
             self.commit_if_ready(block=True)
         finally:
+            self._memory.release()
             self._wait_for_sweeper()
 
     def _wait_for_sweeper(self) -> None:

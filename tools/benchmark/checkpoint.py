@@ -34,14 +34,16 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from megatron_moe.checkpoint.load import find_checkpoint
 from megatron_moe.checkpoint.save import CheckpointWriter
@@ -101,7 +103,9 @@ class Share:
                 for block in _shard(prefix, state, pieces, rank, ranks, size)
             ],
         }
-        self.tensors = {f"{part}.{block.name}{block.offset}": block.tensor for part, found in self.parts.items() for block in found}
+        self.tensors = {
+            f"{part}.{block.name}{block.offset}": block.tensor for part, found in self.parts.items() for block in found
+        }
 
 
 def _shard(
@@ -217,7 +221,7 @@ class Ways:
         self._finish(self.foreground, self._save(self.foreground))
         for name, checks in LOADS.items():
             _drop(*(self.folder / "ours").glob("step_*/*"))
-            self.timed(name, lambda checks=checks: self._load(**checks))
+            self.timed(name, partial(self._load, **checks))
         self._forget()
 
     def _load(self, **checks: Any) -> None:
@@ -232,16 +236,17 @@ class Ways:
         _drop(self.torch_file)
         self.timed("load torch", lambda: _copied(tensors, torch.load(self.torch_file, weights_only=True)))
         self.torch_file.unlink()
-        self.timed("save safetensors", lambda: _synced(self.safe_file, lambda: self.safe.save_file(tensors, self.safe_file)))
+        save_safe = partial(self.safe.save_file, tensors, self.safe_file)
+        self.timed("save safetensors", lambda: _synced(self.safe_file, save_safe))
         _drop(self.safe_file)
         self.timed("load safetensors", lambda: _copied(tensors, self.safe.load_file(self.safe_file)))
         self.safe_file.unlink()
         own = {f"{name}@{self.rank}": tensor for name, tensor in tensors.items()}
         folder = self.folder / "dcp"
         alone = self.world.size == 1
-        self.timed("save dcp", lambda: dcp.save(own, checkpoint_id=folder, no_dist=alone))
+        self.timed("save dcp", lambda: dcp_save(own, checkpoint_id=folder, no_dist=alone))
         _drop(*folder.glob("*"))
-        self.timed("load dcp", lambda: dcp.load(own, checkpoint_id=folder, no_dist=alone))
+        self.timed("load dcp", lambda: dcp_load(own, checkpoint_id=folder, no_dist=alone))
         _together()
         if self.world.is_first:
             shutil.rmtree(folder)
