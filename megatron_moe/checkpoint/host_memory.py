@@ -4,6 +4,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_moe.checkpoint.storage import PAGE_BYTES
+
 
 class HostMemory:
     """One stretch of memory, as large as the largest snapshot so far; its owner uses it for one snapshot at a time.
@@ -17,8 +19,9 @@ class HostMemory:
         self._held = torch.empty(0, dtype=torch.uint8)
 
     def room(self, num_bytes: int, pinned: bool) -> Tensor:
-        """(num_bytes,) uint8, with whatever was in it before. pinned: a GPU copies there at its full speed.
+        """(num_bytes,) uint8, from a multiple of PAGE_BYTES on, with whatever was in it before.
 
+        pinned: a GPU copies there at its full speed.
         Raises MemoryError or RuntimeError (torch's) without memory.
         """
         if len(self._held) < num_bytes or self._held.is_pinned() < pinned:
@@ -28,7 +31,9 @@ class HostMemory:
                 self._held = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
             else:
                 # numpy asks for huge pages where the system has them, which torch does not
-                self._held = torch.from_numpy(np.empty(num_bytes, dtype=np.uint8))
+                held = np.empty(num_bytes + PAGE_BYTES, dtype=np.uint8)
+                start = -held.ctypes.data % PAGE_BYTES
+                self._held = torch.from_numpy(held[start : start + num_bytes])
         return self._held[:num_bytes]
 
     def release(self) -> None:

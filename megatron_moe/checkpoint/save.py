@@ -160,8 +160,9 @@ class CheckpointWriter:
             return None
         self._in_flight = None
         table = flight.table or RankTable(problem="the writing thread died")
-        tables = gather_to_first(table.to_text(), self._world, self._device)
-        answer = self._commit(flight, tables) if self._world.is_first else {}
+        # what the first rank tells itself need not be put into words
+        told = gather_to_first("" if self._world.is_first else table.to_text(), self._world, self._device)
+        answer = self._commit(flight, table, told[1:]) if self._world.is_first else {}
         return self._conclude(flight, json.loads(told_by_first(json.dumps(answer), self._world, self._device)))
 
     def finish(self) -> None:
@@ -213,10 +214,10 @@ class CheckpointWriter:
         except OSError as error:
             return {"problem": describe_failure(error, folder, 0)}
 
-    def _commit(self, flight: _InFlight, texts: Sequence[str]) -> dict[str, str]:
+    def _commit(self, flight: _InFlight, own: RankTable, texts: Sequence[str]) -> dict[str, str]:
         """What became of it, to be told to all ranks; never raises an Exception, for the others wait."""
         try:
-            tables = [RankTable.from_text(text) for text in texts]
+            tables = [own, *(RankTable.from_text(text) for text in texts)]
             manifest = assemble(tables, self._run_id, flight.step, code_version())
             commit(self._storage, manifest, flight.folder, step_folder(self._root, flight.step))
         except OSError as error:

@@ -10,12 +10,10 @@ from torch import Tensor
 
 from megatron_moe.checkpoint.host_memory import HostMemory
 from megatron_moe.checkpoint.reshard import Rectangle
+from megatron_moe.checkpoint.storage import PAGE_BYTES
 from megatron_moe.checkpoint.tensor_file import DTYPE_NAMES, DTYPES, Bytes, bytes_of
 from megatron_moe.config.errors import CheckpointError
 from megatron_moe.parallel.blocks import Block
-
-# where the bytes of a part begin, so that tensors of any type can be seen in them
-_ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
@@ -81,7 +79,7 @@ def take_snapshot(parts: Mapping[str, Sequence[Block]], memory: HostMemory) -> S
         groups.append(_widest_first(block for block in blocks if block.primary))
         groups.append(_widest_first(block for block in blocks if not block.primary))
     sizes = [sum(block.tensor.nbytes for block in group) for group in groups]
-    starts = list(accumulate((-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes), initial=0))
+    starts = list(accumulate((-(-size // PAGE_BYTES) * PAGE_BYTES for size in sizes), initial=0))
     devices = {block.tensor.device for group in groups for block in group if block.tensor.is_cuda}
     whole = memory.room(starts[-1], pinned=bool(devices))
     copied = [

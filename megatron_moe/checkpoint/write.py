@@ -6,20 +6,19 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import xxhash
 
 from megatron_moe.checkpoint.manifest import StoredFile
 from megatron_moe.checkpoint.reshard import Rectangle
 from megatron_moe.checkpoint.snapshot import HostBlock, HostBlocks, Snapshot
-from megatron_moe.checkpoint.storage import Storage, describe_failure, write_file
+from megatron_moe.checkpoint.storage import DIRECT_BYTES, PAGE_BYTES, Storage, describe_failure, write_file
 from megatron_moe.checkpoint.tensor_file import HEADER_LIMIT_BYTES, Bytes, header_bytes
 from megatron_moe.config.errors import CheckpointError
 
 
-@dataclass(frozen=True)
-class HeldSlice:
+class HeldSlice(NamedTuple):
     """A rectangle on one rank. file is "" for one that this rank does not write (a replica, or nothing in it)."""
 
     part: str
@@ -62,8 +61,9 @@ class RankTable:
         )
 
 
-def _row(piece: HeldSlice) -> list[Any]:
-    return list((vars(piece) | {"rectangle": (piece.rectangle.offset, piece.rectangle.shape)}).values())
+def _row(piece: HeldSlice) -> tuple[Any, ...]:
+    place = (piece.rectangle.offset, piece.rectangle.shape)
+    return tuple(place if value is piece.rectangle else value for value in piece)
 
 
 def _held(row: list[Any]) -> HeldSlice:
@@ -136,7 +136,8 @@ def _content(path: Path, part: str, written: HostBlocks, metadata: dict[str, str
     if twice:
         raise CheckpointError(f"this rank has {part} tensor {sorted(twice)[0]!r} twice")
     entries = [(key, block.dtype, block.rectangle.shape) for key, block in zip(keys, filled, strict=True)]
-    head = header_bytes(entries, metadata)
+    # the bytes of a large file begin where they can be written without a copy
+    head = header_bytes(entries, metadata, PAGE_BYTES if len(written.data) >= DIRECT_BYTES else 8)
     if len(head) > HEADER_LIMIT_BYTES:
         raise CheckpointError(f"{part} has too many tensors on one rank: a header of {len(head):,} bytes")
     return _Content(path, part, blocks, head, written.data)
