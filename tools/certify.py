@@ -33,6 +33,7 @@ from megatron_moe.config.errors import ConfigError, MegatronMoEError
 from megatron_moe.config.moe import MoEConfig
 from megatron_moe.config.options import settings_of
 from megatron_moe.config.values import parse as parse_value
+from megatron_moe.config.whole_file import write_whole
 from megatron_moe.moe.methods import find_method
 from megatron_moe.report.router_list import example_fields
 
@@ -176,7 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"\n{brief(by_family)}")
     if given.json:
         facts = {**_facts(given, wanted), "seconds": time.perf_counter() - started}
-        given.json.write_text(json.dumps({**facts, "rows": found}, indent=1))
+        write_whole(given.json, json.dumps({**facts, "rows": found}, indent=1))
     return 0 if all(row["equal"] for row in found) else 1
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from megatron_moe.config.errors import ConfigError, MegatronMoEError
 from megatron_moe.config.run import RunConfig
+from megatron_moe.config.whole_file import write_whole
 from megatron_moe.config.world import check_world
 from megatron_moe.planning.dry_run import Report, dry_run
 from megatron_moe.training.engine import grid_of
@@ -85,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for problem in report.problems[:20]:
         print(f"problem: {problem}", file=sys.stderr)
     if given.json:
-        given.json.write_text(json.dumps(asdict(report), indent=1))
+        write_whole(given.json, json.dumps(asdict(report), indent=1))
     return 1 if report.problems else 0
 
 

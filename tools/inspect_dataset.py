@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 
 from megatron_moe.config.errors import ConfigError, DataError, MegatronMoEError, StorageError
-from megatron_moe.data.hashes import hash_pair, hashes_path, write_beside
+from megatron_moe.config.whole_file import write_whole
+from megatron_moe.data.hashes import hash_pair, hashes_path
 from megatron_moe.data.indexed_dataset import CHUNK, IndexedDataset, IntArray
 from megatron_moe.data.tokenizer import TOKENIZER_TYPES, TokenizerFiles, open_tokenizer
 
@@ -67,7 +68,7 @@ def write_hashes(dataset: IndexedDataset) -> dict[str, Any]:
         )
     dataset.verify_index()
     try:
-        write_beside(path, hash_pair(dataset.idx_path, dataset.bin_path).to_bytes())
+        write_whole(path, hash_pair(dataset.idx_path, dataset.bin_path).to_bytes())
     except OSError as error:
         raise StorageError(f"{path} cannot be written: {error.strerror or error}; nothing was left there.") from error
     return {"hashes": str(path)}

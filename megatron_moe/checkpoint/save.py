@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from megatron_moe.checkpoint.commit import assemble, commit, twin_experts
+from megatron_moe.checkpoint.host_memory import HostMemory
 from megatron_moe.checkpoint.load import examine
 from megatron_moe.checkpoint.manifest import PART_NAME, RUN_ID
 from megatron_moe.checkpoint.messages import all_ready, gather_to_first, told_by_first
@@ -67,6 +68,7 @@ class CheckpointWriter:
     checkpoint is untouched. Tensors with holes or overlaps raise CheckpointError, replicas that differ ReplicaError, on
     all ranks.
     background: write in a thread; otherwise save() returns when the checkpoint is committed.
+    Between saves the writer keeps the memory of one snapshot (HostMemory), until finish().
     device: where the world's communicator wants its tensors.
     """
 
@@ -91,6 +93,7 @@ class CheckpointWriter:
         self._background = background
         self._device = device or torch.device("cpu")
         self._rotation = Rotation(self._storage, root, keep)
+        self._memory = HostMemory()
         self._attempt = 0
         self._in_flight: _InFlight | None = None
         self._sweeper: _Job | None = None
@@ -129,9 +132,7 @@ class CheckpointWriter:
         flight = self._in_flight = _InFlight(step, folder)
         metadata = {"run_id": self._run_id, "step": str(step), "rank": str(self._world.rank)}
         try:
-            snapshot = take_snapshot(parts)
-        except CheckpointError as error:
-            flight.table = RankTable(problem=str(error))
+            snapshot = take_snapshot(parts, self._memory)
         except (MemoryError, RuntimeError) as error:
             flight.table = RankTable(problem=f"no copy in host memory: {error or 'out of memory'}", storage=True)
         else:
@@ -159,8 +160,9 @@ class CheckpointWriter:
             return None
         self._in_flight = None
         table = flight.table or RankTable(problem="the writing thread died")
-        tables = gather_to_first(table.to_text(), self._world, self._device)
-        answer = self._commit(flight, tables) if self._world.is_first else {}
+        # what the first rank tells itself need not be put into words
+        told = gather_to_first("" if self._world.is_first else table.to_text(), self._world, self._device)
+        answer = self._commit(flight, table, told[1:]) if self._world.is_first else {}
         return self._conclude(flight, json.loads(told_by_first(json.dumps(answer), self._world, self._device)))
 
     def finish(self) -> None:
@@ -168,6 +170,7 @@ class CheckpointWriter:
         try:
             self.commit_if_ready(block=True)
         finally:
+            self._memory.release()
             self._wait_for_sweeper()
 
     def _wait_for_sweeper(self) -> None:
@@ -211,10 +214,10 @@ class CheckpointWriter:
         except OSError as error:
             return {"problem": describe_failure(error, folder, 0)}
 
-    def _commit(self, flight: _InFlight, texts: Sequence[str]) -> dict[str, str]:
+    def _commit(self, flight: _InFlight, own: RankTable, texts: Sequence[str]) -> dict[str, str]:
         """What became of it, to be told to all ranks; never raises an Exception, for the others wait."""
         try:
-            tables = [RankTable.from_text(text) for text in texts]
+            tables = [own, *(RankTable.from_text(text) for text in texts)]
             manifest = assemble(tables, self._run_id, flight.step, code_version())
             commit(self._storage, manifest, flight.folder, step_folder(self._root, flight.step))
         except OSError as error:

@@ -36,8 +36,10 @@ HEADER_LIMIT_BYTES = 100_000_000
 Bytes = NDArray[np.uint8]
 
 
-def header_bytes(entries: Sequence[tuple[str, str, tuple[int, ...]]], metadata: dict[str, str]) -> bytes:
-    """The head of a file that holds these (name, dtype, shape) one after the other; padded to a multiple of 8."""
+def header_bytes(
+    entries: Sequence[tuple[str, str, tuple[int, ...]]], metadata: dict[str, str], multiple: int = 8
+) -> bytes:
+    """The head of a file that holds these (name, dtype, shape) one after the other; padded to a multiple of bytes."""
     header: dict[str, object] = {"__metadata__": metadata}
     position = 0
     for name, dtype, shape in entries:
@@ -45,7 +47,7 @@ def header_bytes(entries: Sequence[tuple[str, str, tuple[int, ...]]], metadata: 
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [position, position + length]}
         position += length
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % multiple)
     return len(text).to_bytes(8, "little") + text
 
 

@@ -2,24 +2,23 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import xxhash
 
 from megatron_moe.checkpoint.manifest import StoredFile
 from megatron_moe.checkpoint.reshard import Rectangle
 from megatron_moe.checkpoint.snapshot import HostBlock, HostBlocks, Snapshot
-from megatron_moe.checkpoint.storage import Storage, describe_failure, write_file
-from megatron_moe.checkpoint.tensor_file import HEADER_LIMIT_BYTES, header_bytes
+from megatron_moe.checkpoint.storage import DIRECT_BYTES, PAGE_BYTES, Storage, describe_failure, write_file
+from megatron_moe.checkpoint.tensor_file import HEADER_LIMIT_BYTES, Bytes, header_bytes
 from megatron_moe.config.errors import CheckpointError
 
 
-@dataclass(frozen=True)
-class HeldSlice:
+class HeldSlice(NamedTuple):
     """A rectangle on one rank. file is "" for one that this rank does not write (a replica, or nothing in it)."""
 
     part: str
@@ -44,7 +43,12 @@ class RankTable:
     storage: bool = False
 
     def to_text(self) -> str:
-        return json.dumps(asdict(self), separators=(",", ":"))
+        found = vars(self) | {
+            "files": {name: vars(file) for name, file in self.files.items()},
+            # rows, not tables: a rank may hold a hundred thousand
+            "slices": [_row(piece) for piece in self.slices],
+        }
+        return json.dumps(found, separators=(",", ":"))
 
     @classmethod
     def from_text(cls, text: str) -> "RankTable":
@@ -57,9 +61,14 @@ class RankTable:
         )
 
 
-def _held(entry: dict[str, Any]) -> HeldSlice:
-    rectangle = Rectangle(tuple(entry["rectangle"]["offset"]), tuple(entry["rectangle"]["shape"]))
-    return HeldSlice(**(entry | {"rectangle": rectangle, "global_shape": tuple(entry["global_shape"])}))
+def _row(piece: HeldSlice) -> tuple[Any, ...]:
+    place = (piece.rectangle.offset, piece.rectangle.shape)
+    return tuple(place if value is piece.rectangle else value for value in piece)
+
+
+def _held(row: list[Any]) -> HeldSlice:
+    part, name, dtype, global_shape, (offset, shape), *others = row
+    return HeldSlice(part, name, dtype, tuple(global_shape), Rectangle(tuple(offset), tuple(shape)), *others)
 
 
 @dataclass(frozen=True)
@@ -83,11 +92,18 @@ def write_share(storage: Storage, share: Share) -> RankTable:
     path = share.folder
     try:
         table = RankTable()
-        for part, snapshot in share.snapshot.items():
-            path = share.folder / f"{part}-r{share.rank:05d}.safetensors"
-            _write_part(storage, path, part, snapshot.written, share.metadata, table)
-            compared = snapshot.compared
-            table.slices.extend(_held_slice(part, block, compared, primary=False) for block in compared.blocks)
+        # hashes are computed beside the disk, not before or after it
+        with ThreadPoolExecutor(max(1, len(share.snapshot))) as beside:
+            files = []
+            for part, snapshot in share.snapshot.items():
+                path = share.folder / f"{part}-r{share.rank:05d}.safetensors"
+                content = _content(path, part, snapshot.written, share.metadata)
+                files.append((content, beside.submit(_digests, content), snapshot.compared))
+            for content, digests, compared in files:
+                path = content.path
+                if len(content.data):
+                    write_file(storage, path, memoryview(content.head), content.data.data)
+                _enter(table, content, digests.result(), compared)
         for name, data in share.texts.items():
             path = share.folder / name
             write_file(storage, path, memoryview(data))
@@ -95,55 +111,70 @@ def write_share(storage: Storage, share: Share) -> RankTable:
         return table
     except OSError as error:
         return RankTable(problem=describe_failure(error, path, share.num_bytes), storage=True)
+    except CheckpointError as error:
+        return RankTable(problem=str(error))
     except Exception as error:  # a thread that dies in silence would stop all later saves
         return RankTable(problem=f"{path}: {type(error).__name__}: {error}")
 
 
-def _write_part(
-    storage: Storage, path: Path, part: str, blocks: HostBlocks, metadata: dict[str, str], table: RankTable
-) -> None:
-    if len(blocks.data) == 0:
-        table.slices.extend(_held_slice(part, block, blocks, primary=True) for block in blocks.blocks)
-        return
-    filled = [block for block in blocks.blocks if block.length]
+@dataclass(frozen=True)
+class _Content:
+    """One part of this rank: what its file is going to hold; no file when there are no bytes."""
+
+    path: Path
+    part: str
+    blocks: tuple[HostBlock, ...]
+    head: bytes
+    data: Bytes
+
+
+def _content(path: Path, part: str, written: HostBlocks, metadata: dict[str, str]) -> _Content:
+    blocks = written.described()
+    filled = [block for block in blocks if block.length]
     keys = [block.key for block in filled]
     twice = {key for key in keys if keys.count(key) > 1} if len(set(keys)) < len(keys) else set()
     if twice:
         raise CheckpointError(f"this rank has {part} tensor {sorted(twice)[0]!r} twice")
-    head = header_bytes([(block.key, block.dtype, block.rectangle.shape) for block in filled], metadata)
+    entries = [(key, block.dtype, block.rectangle.shape) for key, block in zip(keys, filled, strict=True)]
+    # the bytes of a large file begin where they can be written without a copy
+    head = header_bytes(entries, metadata, PAGE_BYTES if len(written.data) >= DIRECT_BYTES else 8)
     if len(head) > HEADER_LIMIT_BYTES:
         raise CheckpointError(f"{part} has too many tensors on one rank: a header of {len(head):,} bytes")
-    # hashes are computed beside the disk, not before or after it
-    with ThreadPoolExecutor(1) as beside:
-        digests = beside.submit(_digests, part, blocks, head, path.name)
-        write_file(storage, path, memoryview(head), blocks.data.data)
-        file, slices = digests.result()
-    table.files[path.name] = file
-    table.slices.extend(slices)
+    return _Content(path, part, blocks, head, written.data)
 
 
-def _digests(part: str, blocks: HostBlocks, head: bytes, file: str) -> tuple[StoredFile, list[HeldSlice]]:
-    slices = [_held_slice(part, block, blocks, primary=True, file=file, header=len(head)) for block in blocks.blocks]
-    whole = hashlib.sha256(head)
-    whole.update(blocks.data.data)
-    size = len(head) + len(blocks.data)
-    return StoredFile(size, whole.hexdigest(), len(head), xxhash.xxh3_128_hexdigest(head)), slices
+@dataclass(frozen=True)
+class _Digests:
+    whole: str
+    header: str
+    blocks: list[str]
 
 
-def _held_slice(
-    part: str, block: HostBlock, blocks: HostBlocks, primary: bool, file: str = "", header: int = 0
-) -> HeldSlice:
-    digest = xxhash.xxh3_128_hexdigest(blocks.data.data[block.start : block.start + block.length])
-    written = file if block.length else ""
-    return HeldSlice(
-        part,
-        block.name,
-        block.dtype,
-        block.global_shape,
-        block.rectangle,
-        primary,
-        digest,
-        file=written,
-        start=header + block.start,
-        length=block.length,
-    )
+def _digests(content: _Content) -> _Digests:
+    whole = hashlib.sha256(content.head)
+    whole.update(content.data.data)
+    header = xxhash.xxh3_128_hexdigest(content.head)
+    return _Digests(whole.hexdigest(), header, _block_digests(content.blocks, content.data))
+
+
+def _block_digests(blocks: Sequence[HostBlock], data: Bytes) -> list[str]:
+    view = data.data
+    return [xxhash.xxh3_128_hexdigest(view[block.start : block.start + block.length]) for block in blocks]
+
+
+def _enter(table: RankTable, content: _Content, found: _Digests, compared: HostBlocks) -> None:
+    """What is known of one part, once it is written."""
+    head, file = len(content.head), ""
+    if len(content.data):
+        file = content.path.name
+        table.files[file] = StoredFile(head + len(content.data), found.whole, head, found.header)
+    for block, digest in zip(content.blocks, found.blocks, strict=True):
+        table.slices.append(_held_slice(content.part, block, digest, True, file if block.length else "", head))
+    replicas = compared.described()
+    for block, digest in zip(replicas, _block_digests(replicas, compared.data), strict=True):
+        table.slices.append(_held_slice(content.part, block, digest, False, "", 0))
+
+
+def _held_slice(part: str, block: HostBlock, digest: str, primary: bool, file: str, header: int) -> HeldSlice:
+    what = (block.name, block.dtype, block.global_shape, block.rectangle)
+    return HeldSlice(part, *what, primary, digest, file, start=header + block.start, length=block.length)

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from megatron_moe.checkpoint.tensor_file import DTYPE_NAMES, bytes_of, header_bytes
 from megatron_moe.config.errors import ConfigError, StorageError
+from megatron_moe.config.whole_file import sync_folder, write_whole
 from megatron_moe.convert.hf_folder import INDEX, SINGLE
 from megatron_moe.convert.tensors import Shape
 
@@ -142,10 +143,7 @@ class FolderWriter:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """JSON as people read it, on disk when this returns."""
-    with path.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    write_whole(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 @contextmanager
@@ -176,14 +174,6 @@ def _publish(work: Path, target: Path) -> None:
     mask = os.umask(0)
     os.umask(mask)
     work.chmod(0o777 & ~mask)
-    _sync(work)
+    sync_folder(work)
     work.rename(target)
-    _sync(target.parent)
-
-
-def _sync(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync_folder(target.parent)

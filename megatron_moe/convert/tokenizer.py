@@ -16,6 +16,7 @@ from typing import Any
 from megatron_moe.config.data import DataConfig
 from megatron_moe.config.errors import DataError
 from megatron_moe.config.optional import require
+from megatron_moe.config.whole_file import write_whole
 from megatron_moe.convert.hf_folder import read_json
 from megatron_moe.convert.hf_writer import write_json
 from megatron_moe.convert.sentencepiece_model import parse_model, to_tokenizer
@@ -59,7 +60,7 @@ class TokenizerExport:
     def write(self, folder: Path, *, max_length: int) -> None:
         """Put the files into a model folder; max_length: tokens that the model is declared for."""
         for name, content in self.files.items():
-            (folder / name).write_bytes(content)
+            write_whole(folder / name, content)
         if self.tokenizer_json is None:
             return
         texts = {role: text for role, (text, _) in self.special.items()}

@@ -8,7 +8,6 @@ without it, as Megatron writes them, is read all the same.
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -219,26 +218,3 @@ class BlockChecker:
                 f" and was {expected} when they were written. {way_out(self.prefix)}"
             )
         self._right[number] = 1
-
-
-def write_beside(path: Path, content: bytes) -> None:
-    """A whole file or none, on the disk when this returns. Raises OSError."""
-    partial = Path(f"{path}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Return when the names in a folder are on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -17,7 +17,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from megatron_moe.config.errors import ConfigError, DataError, StorageError
-from megatron_moe.data.hashes import BlockHasher, Hashes, hash_file, hashes_path, sync_folder, write_beside
+from megatron_moe.config.whole_file import sync_folder, write_whole
+from megatron_moe.data.hashes import BlockHasher, Hashes, hash_file, hashes_path
 from megatron_moe.data.indexed_dataset import DTYPES, HEADER, MAGIC, IndexedDataset, IntArray, bin_path, idx_path
 
 COPY_TOKENS = 1 << 23
@@ -99,7 +100,7 @@ class IndexedDatasetWriter:
             os.replace(self._partial_paths[1], idx_path(self.prefix))
             sync_folder(bin_path(self.prefix).parent)
             # a crash before this leaves a whole pair without hashes
-            write_beside(hashes_path(self.prefix), hashes.to_bytes())
+            write_whole(hashes_path(self.prefix), hashes.to_bytes())
         self._bin.close()
 
     def abandon(self) -> None:

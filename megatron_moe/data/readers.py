@@ -14,6 +14,7 @@ from typing import Any, BinaryIO, Literal
 
 from megatron_moe.config.errors import ConfigError, DataError
 from megatron_moe.config.optional import require
+from megatron_moe.data.parquet import read_rows
 
 TextUnit = Literal["file", "paragraph", "line"]
 # a longer line or document is refused instead of filling the memory, as a small file made to unpack to terabytes would
@@ -225,20 +226,5 @@ def _text_record(path: Path, number: int, content: bytes | None, key: str) -> Re
 
 
 def _read_parquet(path: Path, keys: Sequence[str]) -> Iterator[Record]:
-    parquet = require("pyarrow.parquet", extra="data")
-    arrow = require("pyarrow", extra="data")
-    try:
-        with parquet.ParquetFile(path) as file:
-            missing = [key for key in keys if key not in file.schema_arrow.names]
-            if missing:
-                raise DataError(
-                    f"{path} has no column '{missing[0]}'; --json-keys names columns too, and it has: "
-                    f"{', '.join(file.schema_arrow.names)}."
-                )
-            number = 0
-            for batch in file.iter_batches(batch_size=256, columns=list(keys)):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield Record(str(path), number, "row", row)
-    except (arrow.ArrowException, OSError) as error:
-        raise DataError(f"{path} is no Parquet file or is damaged ({error}); copy it again.") from error
+    for number, row in enumerate(read_rows(path, keys, longest=MAX_LINE_BYTES), start=1):
+        yield Record(str(path), number, "row", row, "" if row is not None else _too_long())

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from megatron_moe.config.optional import require
+from megatron_moe.config.whole_file import write_whole
 from megatron_moe.training.console import MEGATRON_NAMES, StepRecord
 from megatron_moe.training.metrics import LayerStats
 
@@ -31,9 +32,7 @@ class JsonLines:
         kept = b"".join(line for line in written.splitlines(keepends=True) if _is_done(line, start_step))
         if kept != written:
             # the history of a long run: whole in either file, whenever this process is killed
-            shorter = path.with_name(path.name + ".tmp")
-            shorter.write_bytes(kept)
-            shorter.replace(path)
+            write_whole(path, kept)
         # without a buffer: nothing is left in it for later when the disk is full
         self._file = path.open("ab", buffering=0)
 

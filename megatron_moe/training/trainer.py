@@ -15,6 +15,7 @@ from megatron_moe.checkpoint.save import CheckpointWriter
 from megatron_moe.config.errors import ConfigError, DataError, NonFiniteError, ReplicaError, StorageError
 from megatron_moe.config.optional import require
 from megatron_moe.config.run import RunConfig
+from megatron_moe.config.whole_file import write_whole
 from megatron_moe.data.batch import Batch
 from megatron_moe.data.build import build_datasets, vocabulary_size
 from megatron_moe.data.gpt_dataset import Dataset
@@ -181,7 +182,7 @@ class Trainer:
             if log_dir is not None:
                 # not before all is known to fit: a mistaken command leaves that of the run before
                 log_dir.mkdir(parents=True, exist_ok=True)
-                (log_dir / "config.json").write_text(self.config.to_json())
+                write_whole(log_dir / "config.json", self.config.to_json())
         return Sinks(log_dir, Path(wanted.tensorboard_dir) if wanted.tensorboard_dir and speaks else None, self.step)
 
     def _log(self, result: StepResult, window: "_Window", sinks: Sinks) -> None:

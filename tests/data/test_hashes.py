@@ -151,7 +151,7 @@ def test_hashes_never_stand_beside_tokens_that_are_not_theirs(pair: Path, monkey
     def cut_off(path: Path, content: bytes) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("megatron_moe.data.indexed_writer.write_beside", cut_off)
+    monkeypatch.setattr("megatron_moe.data.indexed_writer.write_whole", cut_off)
     with (
         pytest.raises(KeyboardInterrupt),
         IndexedDatasetWriter(pair, dtype=np.dtype(np.uint16), overwrite=True) as writer,

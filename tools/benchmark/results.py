@@ -21,6 +21,7 @@ from xml.etree import ElementTree
 
 import torch
 
+from megatron_moe.config.whole_file import write_whole
 from tools.benchmark.timing import Timing
 
 FORMAT = 1
@@ -79,10 +80,8 @@ class Recorder:
     def _save(self) -> None:
         found = {"machine": machine(self.device), "quick": self.quick}
         found |= {"figures": self.figures, "checks": self.checks, "skipped": self.skipped}
-        # renamed into place: a part that is killed while it writes leaves the file before
-        unfinished = self.folder / f"{self.part}.partial"
-        unfinished.write_text(json.dumps(found))
-        unfinished.replace(self.folder / f"{self.part}.json")
+        # a part that is killed while it writes leaves the file before
+        write_whole(self.folder / f"{self.part}.json", json.dumps(found))
 
 
 def _how(timing: Timing, scale: float) -> dict[str, Any]:
@@ -236,7 +235,7 @@ def save(found: Mapping[str, Any], output: Path) -> Path:
     while path.exists():
         number += 1
         path = output / f"{stem}-{number}.json"
-    path.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     return path
 
 

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from megatron_moe.config.errors import ConfigError, MegatronMoEError
+from megatron_moe.config.whole_file import write_whole
 from tools.benchmark.study.arms import SIZES, TABLES, arms_of, main_arms, memory_arms, sparse
 from tools.benchmark.study.ledger import add, key_of, read, same
 from tools.benchmark.study.run import Arm, Size, run
@@ -141,7 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return error.exit_code
     print(shown)
     if given.output:
-        given.output.write_text(shown, encoding="utf-8")
+        write_whole(given.output, shown)
     return 0
 
 
