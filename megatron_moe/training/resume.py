@@ -72,17 +72,36 @@ def check_place_to_save(wanted: CheckpointConfig, step: int) -> None:
         )
 
 
-def check_same_run(reader: CheckpointReader, now: RunConfig) -> None:
-    """Raises ConfigError with every option that makes another model, or another order of samples, than was saved."""
+def check_same_run(reader: CheckpointReader, now: RunConfig) -> list[str]:
+    """Raises ConfigError with every option that makes another model, or another order of samples, than was saved.
+
+    Returns the other options that bear on the run and are not as they were: what is given now holds, and is to be told.
+    """
     saved = RunConfig.from_json(reader.config_json, source=f"config.json of {reader.folder}")
     before, after = _resolved(saved), _resolved(now)
-    changed = [
+    changed = _differences(before, after)
+    if changed:
+        raise ConfigError(f"the run in {reader.folder} is another one: {'; '.join(changed)}. {WAY_OUT}")
+    return _differences(_free(saved, before), _free(now, after))
+
+
+def _differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    return [
         f"{all_settings()[key].flag} was {written(before[key])} and is {written(after[key])}"
         for key in before
         if key in after and before[key] != after[key]
     ]
-    if changed:
-        raise ConfigError(f"the run in {reader.folder} is another one: {'; '.join(changed)}. {WAY_OUT}")
+
+
+def _free(run: RunConfig, fixed: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that may change, without those that only say where files are and when to write them."""
+    values = run.to_dict()
+    return {
+        key: values[section][name]
+        for key in all_settings()
+        for section, _, name in [key.partition(".")]
+        if key not in fixed and section not in ("checkpoint", "logging")
+    }
 
 
 def check_same_data(reader: CheckpointReader, now: Mapping[str, str]) -> None:
@@ -141,6 +160,7 @@ def _stack(moe: MoEConfig, layers: int, model: ModelConfig) -> dict[str, Any]:
         "ffn_hidden_size": moe.expert_ffn_size(model.ffn_size),
         "router_type": moe.router_type,
         "router_topk": moe.router_topk,
+        "router_pre_softmax": moe.router_pre_softmax,
         "router_options": _router_options(moe),
         "shared_expert_intermediate_size": moe.shared_expert_intermediate_size,
         "shared_expert_gate": moe.shared_expert_gate,

@@ -279,8 +279,10 @@ class Trainer:
         wanted = self.config.checkpoint
         if not wanted.finetune:
             with together(self.state.world, self.device):
-                check_same_run(reader, self.config)
+                changed = check_same_run(reader, self.config)
                 check_same_data(reader, self._fingerprints)
+            if changed:
+                logger.info("not as in %s, and taken as given now: %s", reader.folder, "; ".join(changed))
 
         def fill(blocks: list[Block]) -> None:
             spare = reader.fill_all(blocks, cast=wanted.finetune, unused="name" if wanted.finetune else "refuse")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from goals import Trials
 from ranks import run_on_ranks
 
 from megatron_moe.config.errors import PeerError
@@ -120,8 +121,15 @@ TOLERANCE = 1e-9
     [(4, {PP: 2, EP: 2}), (4, {}), (1, {})],
     ids=["PP 2 x EP 2", "DP 4", "1 rank"],
 )
+@pytest.mark.goal("R12", ci=1, nightly=1, what="a run goes on in another layout: the same samples, the same losses")
 def test_a_run_saved_on_tp_2_x_ep_2_goes_on_in_another_layout(
-    world_size: int, parallel: dict[str, Any], half_run: Path, reference: list[Step], corpus: Path, tmp_path: Path
+    world_size: int,
+    parallel: dict[str, Any],
+    half_run: Path,
+    reference: list[Step],
+    corpus: Path,
+    tmp_path: Path,
+    trials: Trials,
 ) -> None:
     shutil.copytree(half_run, tmp_path / "saved", symlinks=True)
     saving = {"save": str(tmp_path / "saved"), "load": "latest"}
@@ -132,6 +140,7 @@ def test_a_run_saved_on_tp_2_x_ep_2_goes_on_in_another_layout(
     check_samples(steps)
     for step, expected in zip(steps, reference[6:], strict=True):
         assert step.loss == pytest.approx(expected.loss, rel=TOLERANCE)
+    trials.add(1)
 
 
 @pytest.fixture(scope="module")
