@@ -171,15 +171,21 @@ def test_a_message_is_compared_at_both_ends(name: str) -> None:
     assert f"expected: pp: message of {dtype} ({shape}) at test_checked.py:" in sender[0]
 
 
-def unsent(rank: int, world_size: int) -> str:
-    axis = ParallelState.distributed(Grid(world_size, pp=world_size), checks=timedelta(seconds=TIMEOUT_S)).pp
-    return caught(axis.comm.receive_(torch.zeros(2), 0).wait) if rank == 1 else ""
+def alone_with_it(rank: int, world_size: int) -> str:
+    """Rank 2 waits for rank 0, which sends nothing; rank 1 sends to rank 3, which wants nothing."""
+    axis = ParallelState.distributed(Grid(world_size, pp=2), checks=timedelta(seconds=TIMEOUT_S)).pp
+    tensor = torch.zeros(2)
+    work = {1: lambda: axis.comm.send(tensor, 1).wait(), 2: lambda: axis.comm.receive_(tensor, 0).wait()}
+    return caught(work.get(rank, lambda: None))
 
 
-def test_a_message_that_is_never_sent_is_missed() -> None:
-    _, told = run_on_ranks(2, unsent)
-    assert "pp from rank 0 to rank 1, sent" in told and "ranks [0] did not come within 6 s" in told
-    assert "rank 0 was last seen at nowhere yet" in told
+def test_a_message_of_which_only_one_end_comes_is_told_there() -> None:
+    idle, sender, receiver, idle_too = run_on_ranks(4, alone_with_it)
+    assert idle == idle_too == ""
+    assert "pp from rank 0 to rank 2, sent (pp: message of float32 (2) at test_checked.py:" in receiver
+    assert "ranks [0] did not come within 6 s" in receiver and "rank 0 was last seen at nowhere yet" in receiver
+    assert "pp from rank 1 to rank 3, received (pp: message of float32 (2) at test_checked.py:" in sender
+    assert "ranks [3] did not come within 6 s" in sender
 
 
 def of(what: str, site: str = "a.py:1", axis: str = "tp", **more: Any) -> Call:
