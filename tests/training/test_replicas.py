@@ -187,6 +187,6 @@ def test_comparing_every_hundred_steps_costs_next_to_nothing(corpus: Path, trial
     config = job(corpus, parallel={SHARDING: "no_shard"}, training=training, **changes)
     step, check = run_on_ranks(2, measure, config.to_json())[0]
     trials.notes["share of the time (%)"] = round(check / (100 * step) * 100, 3)
-    # ten times the goal's half per cent: clocks of a loaded machine
-    assert check < 100 * step * 0.05
+    # four times the half per cent of the goal: clocks of a loaded machine
+    assert check < 100 * step * 0.02
     trials.add(1)
