@@ -53,6 +53,7 @@ def judge(case: Desync, first: int, told: list[str]) -> str:
     return "" if calls == [str(rank) for rank in everyone] else "not all calls and their places were told"
 
 
+@pytest.mark.timeout(1800)  # by night
 @pytest.mark.goal(
     "R20",
     ci=204,

@@ -108,6 +108,7 @@ def strike(
     return problems, {kind_of(place[0]) for place in holders}
 
 
+@pytest.mark.timeout(1800)  # by night
 @pytest.mark.goal(
     "R28",
     ci=42,
