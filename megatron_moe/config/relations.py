@@ -110,7 +110,7 @@ def _sharding(run: Sections) -> None:
         raise ConfigError(f"{flag} shards one stage as a whole, and a rank has several; use optim, or one stage.")
     if parallel.debug_collectives:
         raise ConfigError(
-            f"{flag} sends through PyTorch's FSDP, which --debug-collectives cannot look at; use optim, or leave it out."
+            f"--debug-collectives cannot look at what {flag} sends, through PyTorch's FSDP; use optim, or leave it out."
         )
     if parallel.pipeline_schedule in ("1f1b_split", "zb_h1", "1f1b_overlap"):
         raise ConfigError(

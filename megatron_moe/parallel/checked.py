@@ -180,9 +180,8 @@ class Checked(Starting):
             reason = str(error).partition("\n")[0]
             return f"collective {number} on {kind} ({call}) broke off: {reason}. All ranks had come; one is gone."
         told = "; ".join(f"rank {rank} was last seen at {seen[rank][1]}" for rank in missing)
-        return (
-            f"collective {number} on {kind} ({call}): ranks {missing} did not come within {seconds:g} s, or died. {told}"
-        )
+        late = f"ranks {missing} did not come within {seconds:g} s, or died"
+        return f"collective {number} on {kind} ({call}): {late}. {told}"
 
 
 @dataclass

@@ -80,6 +80,14 @@ CASES: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
         {"parallel.data_parallel_sharding_strategy": "optim_grads_params"},
     ),
     (
+        {
+            "parallel.data_parallel_sharding_strategy": "optim_grads_params",
+            "parallel.debug_collectives": True,
+        },
+        "--debug-collectives cannot look at what --data-parallel-sharding-strategy optim_grads_params sends",
+        {"parallel.data_parallel_sharding_strategy": "optim", "parallel.debug_collectives": True},
+    ),
+    (
         {"data.objective": "span_corruption"},
         "--objective span_corruption needs an encoder to read the corrupted text; give --encoder-num-layers.",
         SPANS,

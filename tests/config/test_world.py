@@ -71,6 +71,7 @@ CASES: list[tuple[dict[str, Any], int, str]] = [
         "use --global-batch-size 8 or 16, or --micro-batch-size 1 or 3.",
     ),
     ({}, 16, "= 16; use --global-batch-size 16."),
+    ({"parallel.debug_collectives": True}, 1, "--debug-collectives has no effect with one rank"),
     ({"training.global_batch_size": 10, "training.micro_batch_size": 2}, 4, "= 8; use --global-batch-size 8 or 16."),
     # 3 samples for each rank do not hold whole groups of 2
     (

@@ -14,14 +14,23 @@ from torch import Tensor
 from megatron_moe.checkpoint.messages import gather_to_all
 from megatron_moe.config.errors import ConfigError, ReplicaError
 from megatron_moe.data.batch import Batch
-from megatron_moe.parallel.copies import dissent
+from megatron_moe.parallel.copies import dissent, with_others
 from megatron_moe.parallel.state import ParallelState
 from megatron_moe.training.trainer import Trainer
 from tests.end_to_end.tiny_job import CPU, job, tables, write_corpus
-from tests.training.bit_flips import LAYOUTS, SHARDING, Flip, blocks_of, held_by_several, kind_of, make_trainer
+from tests.training.bit_flips import (
+    LAYOUTS,
+    SHARDING,
+    Flip,
+    blocks_of,
+    held_by_several,
+    kind_of,
+    make_trainer,
+    place_of,
+)
 
 INTERVAL = 2
-CLEAN = 2  # rounds in which nothing is flipped
+CLEAN = 1  # rounds in which nothing is flipped
 
 
 @pytest.fixture(scope="module")
@@ -53,11 +62,11 @@ class Rounds:
         engine.optimizer.step_count = INTERVAL
 
     def play(self, flip: Flip | None = None, before: int = 1) -> str:
-        """The steps, with a bit flipped before one of them, counted from 1; returns what the check says."""
+        """The steps from one of them on, counted from 1, with a bit flipped before it; returns what the check says."""
         self.again()
-        for step in range(1, INTERVAL + 1):
-            if flip is not None and step == before and flip.rank == self.trainer.state.rank:
-                flip.strike(self.trainer.engine)
+        if flip is not None and flip.rank == self.trainer.state.rank:
+            flip.strike(self.trainer.engine)
+        for step in range(before, INTERVAL + 1):
             try:
                 self.trainer.engine.train_step(INTERVAL + step - 1, self.batches[step - 1], "step 2 in runs")
             except ReplicaError as error:
@@ -78,6 +87,9 @@ def strike(
     """What went wrong in these trials, and the kinds of tensors that several ranks hold."""
     rounds = Rounds(make_trainer(text, world_size))
     holders = held_by_several(rounds.trainer)
+    engine, state = rounds.trainer.engine, rounds.trainer.state
+    compared = {place_of(block) for copy in with_others(engine.copies(), state) for block in copy.blocks()}
+    assert compared == {place for place, ranks in holders.items() if rank in ranks}, "all of it, and nothing else"
     problems = [f"false alarm: {told}" for told in (rounds.play() for _ in range(CLEAN)) if told]
     for number in numbers:
         rng = random.Random(f"{seed} {number}")
@@ -96,6 +108,7 @@ def strike(
     return problems, {kind_of(place[0]) for place in holders}
 
 
+@pytest.mark.timeout(1800)  # by night
 @pytest.mark.goal(
     "R28",
     ci=42,
@@ -175,6 +188,6 @@ def test_comparing_every_hundred_steps_costs_next_to_nothing(corpus: Path, trial
     config = job(corpus, parallel={SHARDING: "no_shard"}, training=training, **changes)
     step, check = run_on_ranks(2, measure, config.to_json())[0]
     trials.notes["share of the time (%)"] = round(check / (100 * step) * 100, 3)
-    # ten times the goal's half per cent: clocks of a loaded machine
-    assert check < 100 * step * 0.05
+    # four times the half per cent of the goal: clocks of a loaded machine
+    assert check < 100 * step * 0.02
     trials.add(1)

@@ -62,6 +62,7 @@ def strike(rank: int, world_size: int, text: str, seed: str, numbers: list[int])
     return problems, {kind_of(place[0]) for place in holders}
 
 
+@pytest.mark.timeout(1800)  # by night
 @pytest.mark.goal(
     "R29",
     ci=84,
