@@ -30,7 +30,7 @@ from megatron_moe.training.flops import flops_per_token, formula_text, peak_flop
 from megatron_moe.training.gpu_monitor import GpuMonitor
 from megatron_moe.training.metrics import summarise_routing
 from megatron_moe.training.restarts import Restarts
-from megatron_moe.training.resume import check_place_to_save, check_same_data, check_same_run, find_start
+from megatron_moe.training.resume import check_place_to_save, check_same_data, check_same_run, go_on
 from megatron_moe.training.signals import StopSignals
 from megatron_moe.training.sinks import Sinks
 from megatron_moe.training.together import together
@@ -269,9 +269,7 @@ class Trainer:
 
     def restore(self) -> None:
         """Go on from the newest valid checkpoint, if one was asked for and is there."""
-        reader = find_start(self.config.checkpoint, self.state.world, self.device)
-        if reader is not None:
-            self._fill(reader)
+        go_on(self.config.checkpoint, self.state.world, self.device, self._fill)
         with together(self.state.world, self.device):
             check_place_to_save(self.config.checkpoint, self.step)
 

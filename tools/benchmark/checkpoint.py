@@ -15,13 +15,14 @@ before each load, and what is loaded goes into memory that is there already. All
     load           find_checkpoint and fill_all, as a run is resumed: hashes verified while reading
     load, no hash  the same without verification
     verify         find_checkpoint with all hashes before anything is read, as tools take it, and then fill_all
-    torch, safetensors, dcp    torch.save and load(mmap=False), save_file and load_file of a rank's tensors,
-                   torch.distributed.checkpoint; none of them syncs by itself, so the files are synced after
+    safetensors, dcp    save_file and load_file of a rank's tensors, and torch.distributed.checkpoint. The former does
+                   not sync by itself, so its file is synced after. torch.save pickles, which no file here may do
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
 import json
 import os
@@ -69,10 +70,8 @@ RATIOS = {
     "first stall / copy": ("first stall", "copy"),
     "save with / without hashes": ("save", "save, no hash"),
     "load with / without hashes": ("load", "load, no hash"),
-    "torch.save / save": ("save torch", "save"),
     "safetensors save_file / save": ("save safetensors", "save"),
     "dcp.save / save": ("save dcp", "save"),
-    "torch.load / load": ("load torch", "load"),
     "safetensors load_file / load": ("load safetensors", "load"),
     "dcp.load / load": ("load dcp", "load"),
 }
@@ -135,7 +134,6 @@ class Ways:
         self.kept = self._writer(background=True)
         self.foreground = self._writer(background=False)
         self.seconds: dict[str, float] = {}
-        self.torch_file = folder / f"torch-{self.rank}.pt"
         self.safe_file = folder / f"safe-{self.rank}.safetensors"
         self.raw_file = folder / f"raw-{self.rank}"
         self.safe = require("safetensors.torch", extra="dev")
@@ -232,10 +230,6 @@ class Ways:
     def peers(self) -> None:
         """Each writes the same bytes and waits for the disk, as a checkpoint must."""
         tensors = self.share.tensors
-        self.timed("save torch", lambda: _synced(self.torch_file, lambda: torch.save(tensors, self.torch_file)))
-        _drop(self.torch_file)
-        self.timed("load torch", lambda: _copied(tensors, torch.load(self.torch_file, weights_only=True)))
-        self.torch_file.unlink()
         save_safe = partial(self.safe.save_file, tensors, self.safe_file)
         self.timed("save safetensors", lambda: _synced(self.safe_file, save_safe))
         _drop(self.safe_file)
@@ -254,8 +248,9 @@ class Ways:
 
 
 LOADS: dict[str, dict[str, Any]] = {
-    "load": {"check": "xxh3"},
+    "load": {"check": "on_read"},
     "load, no hash": {"check": "sizes"},
+    "verify": {"check": "xxh3"},
 }
 
 
@@ -318,6 +313,7 @@ def on_rank(
     """One round does not count; then the seconds of each way in each round."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
+    gc.freeze()  # as pretrain does
     state = ParallelState.alone() if ranks == 1 else ParallelState.distributed(Grid(ranks))
     ways = Ways(Share(rank, ranks, shape, num_bytes), state, Path(folder))
     return [ways.round(turn, peers) for turn in range(rounds + 1)][1:]
@@ -354,7 +350,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--tensors", nargs="+", choices=tuple(SHAPES), default=list(SHAPES), help="default both")
     parser.add_argument("--rounds", type=int, default=5, help="that count, after one that does not; default 5")
     parser.add_argument("--folder", type=Path, help="on the disk to be measured; default a temporary one")
-    parser.add_argument("--no-peers", action="store_true", help="leave out torch, safetensors and dcp")
+    parser.add_argument("--no-peers", action="store_true", help="leave out safetensors and dcp")
     parser.add_argument("--output", type=Path, metavar="JSON", help="where the figures go")
     parser.add_argument("--label", default="", help="what a reader must know of the conditions")
     return parser
