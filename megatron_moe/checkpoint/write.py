@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -94,16 +94,13 @@ def write_share(storage: Storage, share: Share) -> RankTable:
         table = RankTable()
         # hashes are computed beside the disk, not before or after it
         with ThreadPoolExecutor(max(1, len(share.snapshot))) as beside:
-            files = []
-            for part, snapshot in share.snapshot.items():
-                path = share.folder / f"{part}-r{share.rank:05d}.safetensors"
-                content = _content(path, part, snapshot.written, share.metadata)
-                files.append((content, beside.submit(_digests, content), snapshot.compared))
-            for content, digests, compared in files:
-                path = content.path
-                if len(content.data):
-                    write_file(storage, path, memoryview(content.head), content.data.data)
-                _enter(table, content, digests.result(), compared)
+            files = [_begin(beside, share, part) for part in share.snapshot]
+            for content, digests in files:
+                found = content.result()
+                path = found.path
+                if len(found.data):
+                    write_file(storage, path, memoryview(found.head), found.data.data)
+                _enter(table, found, digests.result(), share.snapshot[found.part].compared)
         for name, data in share.texts.items():
             path = share.folder / name
             write_file(storage, path, memoryview(data))
@@ -115,6 +112,20 @@ def write_share(storage: Storage, share: Share) -> RankTable:
         return RankTable(problem=str(error))
     except Exception as error:  # a thread that dies in silence would stop all later saves
         return RankTable(problem=f"{path}: {type(error).__name__}: {error}")
+
+
+def _begin(beside: Executor, share: Share, part: str) -> tuple[Future["_Content"], Future["_Digests"]]:
+    content: Future[_Content] = Future()
+
+    def digests() -> _Digests:
+        path = share.folder / f"{part}-r{share.rank:05d}.safetensors"
+        try:
+            content.set_result(_content(path, part, share.snapshot[part].written, share.metadata))
+        except BaseException as error:
+            content.set_exception(error)
+        return _digests(content.result())
+
+    return content, beside.submit(digests)
 
 
 @dataclass(frozen=True)

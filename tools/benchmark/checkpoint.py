@@ -186,7 +186,7 @@ class Ways:
         return step
 
     def _finish(self, writer: CheckpointWriter, step: int) -> None:
-        writer.finish()
+        writer.commit_if_ready(block=True)
         if writer.last_step != step:
             raise RuntimeError(f"not saved: {writer.last_error}")
 
@@ -197,7 +197,9 @@ class Ways:
             self.timed("save, no hash", lambda: self._finish(self.foreground, self._save(self.foreground)))
         self._forget()
         self._background("stall", self.kept)
-        self._background("first stall", self._writer(background=True))
+        new = self._writer(background=True)
+        self._background("first stall", new)
+        new.finish()
 
     def _background(self, stall: str, writer: CheckpointWriter) -> None:
         _together()
