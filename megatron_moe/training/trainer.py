@@ -124,6 +124,8 @@ class Trainer:
             logger.info(formula_text())
             with self._sinks() as sinks, self.loader:
                 self._restarts.begin(self.step)
+                if self.writer is not None and self.config.checkpoint.async_save:
+                    self.writer.prepare(self._blocks())
                 try:
                     self._loop(sinks, signals)
                 except (NonFiniteError, DataError, StorageError):
@@ -249,7 +251,7 @@ class Trainer:
         if last or (interval is not None and self.step % interval == 0):
             self.writer.save(
                 self.step,
-                {"model": self.engine.weight_blocks(), "optim": self.engine.optimizer.blocks()},
+                self._blocks(),
                 self._state(),
                 self.config.to_json(),
                 self._fingerprints,
@@ -257,6 +259,9 @@ class Trainer:
             if self.writer.last_error is None:
                 self._last_good = f"step {self.step} in {self.config.checkpoint.save}"
         self._restarts.progressed(self.writer.last_step)
+
+    def _blocks(self) -> dict[str, list[Block]]:
+        return {"model": self.engine.weight_blocks(), "optim": self.engine.optimizer.blocks()}
 
     def _state(self) -> dict[str, Any]:
         return {

@@ -82,6 +82,42 @@ def test_one_save_after_another_uses_the_same_memory_until_the_end(
 
 
 
+def test_a_writer_prepares_memory_that_the_first_save_uses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    empty = np.empty
+
+    def counted(size: int, dtype: type) -> object:
+        made.append(size)
+        return empty(size, dtype)
+
+    monkeypatch.setattr("megatron_moe.checkpoint.host_memory.np.empty", counted)
+    writer = CheckpointWriter(tmp_path, ALONE, None, "run", HastyStorage())
+    parts = {"model": [whole_block("w", torch.full((5000,), 3.0))]}
+    writer.prepare(parts)
+    writer.save(1, parts, {}, "{}", {})
+    assert made == [5 * PAGE_BYTES + PAGE_BYTES]
+    writer.finish()
+    assert torch.equal(newest(tmp_path).logical("w"), parts["model"][0].tensor)
+    writer.prepare(parts)
+    writer.finish()
+    assert len(writer._memory._held) == 0
+
+
+def test_memory_that_cannot_be_had_is_told_by_the_save_not_by_the_preparation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(memory: HostMemory, num_bytes: int, pinned: bool) -> torch.Tensor:
+        raise MemoryError
+
+    monkeypatch.setattr(HostMemory, "room", none)
+    writer = CheckpointWriter(tmp_path, ALONE, None, "run", HastyStorage())
+    parts = {"model": [whole_block("w", torch.ones(10))]}
+    writer.prepare(parts)
+    writer.save(1, parts, {}, "{}", {})
+    assert writer.commit_if_ready(block=True) is None
+    assert "no copy in host memory: out of memory" in str(writer.last_error)
+
+
 @pytest.mark.parametrize("direct", [True, False])
 def test_large_writes_change_no_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, direct: bool) -> None:
     write, refused = os.write, []

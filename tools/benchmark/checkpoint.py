@@ -11,7 +11,8 @@ before each load, and what is loaded goes into memory that is there already. All
     save           CheckpointWriter.save in the foreground: written, synced, checked, renamed
     save, no hash  the same with all hashes replaced by constants
     background     save in the background, to the end;  stall: until the step goes on, with memory kept from a save
-                   before;  first stall: with a new writer, which must first get that memory from the system
+                   before;  first stall: with a new writer that was not given the time to prepare, and must first
+                   get that memory from the system
     load           find_checkpoint and fill_all, as a run is resumed: hashes verified while reading
     load, no hash  the same without verification
     verify         find_checkpoint with all hashes before anything is read, as tools take it, and then fill_all
