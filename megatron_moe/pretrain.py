@@ -1,5 +1,6 @@
 """Train: read the run, join the ranks, go.    torchrun --nproc-per-node 4 -m megatron_moe.pretrain --config run.toml"""
 
+import gc
 import logging
 import os
 import sys
@@ -60,6 +61,8 @@ def main(argv: Sequence[str]) -> int:
 
 def _train(config: RunConfig, place: Place, device: torch.device, notes: Sequence[str]) -> int:
     parallel = config.parallel
+    # what the imports made stays to the end: no collection need look at it again, 0.2 s each time
+    gc.freeze()
     if place.world_size == 1:
         state = ParallelState.alone()
     else:

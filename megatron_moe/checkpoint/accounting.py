@@ -3,7 +3,7 @@
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 from megatron_moe.checkpoint.manifest import StoredTensor
 from megatron_moe.checkpoint.names import expert_name, folded, num_experts
@@ -49,7 +49,7 @@ class Demand:
 
     def to_text(self) -> str:
         """For the first rank."""
-        return json.dumps(asdict(self), separators=(",", ":"))
+        return json.dumps(vars(self), separators=(",", ":"))
 
     @classmethod
     def from_text(cls, text: str) -> "Demand":

@@ -65,6 +65,10 @@ def _listing(problems: Sequence[str], limit: int) -> str:
 
 def _tensor(what: str, held: Sequence[Held], problems: list[str], drifted: list[str]) -> StoredTensor:
     rank, first = held[0]
+    if len(held) == 1 and first.primary and first.length and first.rectangle.shape == first.global_shape:
+        # most tensors: all of it on one rank
+        whole = StoredSlice(first.file, first.start, first.length, first.rectangle, first.xxh3)
+        return StoredTensor(first.dtype, first.global_shape, (whole,))
     for other, piece in held:
         if (piece.dtype, piece.global_shape) != (first.dtype, first.global_shape):
             problems.append(

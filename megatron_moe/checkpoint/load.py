@@ -2,8 +2,8 @@
 
 import json
 import logging
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 
 from megatron_moe.checkpoint.accounting import Account, Demand
+from megatron_moe.checkpoint.beside import HashesBeside
 from megatron_moe.checkpoint.commit import twin_experts
 from megatron_moe.checkpoint.fill import fill_blocks
 from megatron_moe.checkpoint.manifest import Manifest, StoredTensor, parse_manifest
-from megatron_moe.checkpoint.messages import gather_to_all, gather_to_first, raise_together, told_by_first
+from megatron_moe.checkpoint.messages import any_says, gather_to_all, gather_to_first, raise_together, told_by_first
 from megatron_moe.checkpoint.reshard import Rectangle
 from megatron_moe.checkpoint.rotate import step_folder, stored_steps
 from megatron_moe.checkpoint.tensor_file import DTYPES
-from megatron_moe.checkpoint.verify import Check, Papers, check_share, look
+from megatron_moe.checkpoint.verify import Check, Papers, check_share, check_unread, look
 from megatron_moe.config.errors import CheckpointError, NoCheckpointError
 from megatron_moe.parallel.blocks import Block
 from megatron_moe.parallel.state import Axis
@@ -46,14 +47,16 @@ def examine(folder: Path, step: int, world: Axis, device: torch.device, check: C
     told: dict[str, Any] = {}
     if world.is_first:
         try:
-            told = {"papers": asdict(look(folder, step)[1])}
+            manifest, papers = look(folder, step)
+            told = {"papers": vars(papers)}
         except (CheckpointError, ValueError) as error:
             told = {"problem": str(error)}
     told = json.loads(told_by_first(json.dumps(told), world, device))
     if "problem" in told:
         return str(told["problem"])
-    papers = Papers(**told["papers"])
-    manifest = parse_manifest(papers.manifest.encode())
+    if not world.is_first:
+        papers = Papers(**told["papers"])
+        manifest = parse_manifest(papers.manifest.encode())
     problems = gather_to_all(check_share(folder, manifest, world.rank, world.size, check), world, device)
     found = [text for text in problems if text]
     return "; ".join(found[:3]) if found else Examined(folder, manifest, papers)
@@ -67,10 +70,14 @@ def find_checkpoint(
     strict: bool = False,
     check: Check = "xxh3",
     device: torch.device | None = None,
+    damaged: Mapping[int, str] | None = None,
 ) -> "CheckpointReader":
     """The newest checkpoint that is whole, or that of `step`. Collective.
 
     Broken ones are passed over, with one message that says why. strict, or a step: CheckpointError instead.
+    check: with "on_read" all bytes are read once, not twice: what is filled is verified as it is read, and `fill` and
+    `fill_all` raise DamagedError when it is not what was stored. The caller then asks for another one.
+    damaged: steps that were found so, and why; they are not looked at.
     Raises NoCheckpointError when there is none.
     """
     place = device or torch.device("cpu")
@@ -78,12 +85,13 @@ def find_checkpoint(
     wanted = steps if step is None else [found for found in steps if found == step]
     broken: list[str] = []
     for candidate in wanted:
-        found = examine(step_folder(root, candidate), candidate, world, place, check)
+        known = (damaged or {}).get(candidate)
+        found = known or examine(step_folder(root, candidate), candidate, world, place, check)
         if isinstance(found, Examined):
             if broken and world.is_first:
                 why = "\n".join(broken)
                 logger.warning("Going on from step %d in %s; newer checkpoints are broken:\n%s", candidate, root, why)
-            return CheckpointReader(found, world, place)
+            return CheckpointReader(found, world, place, on_read=check == "on_read")
         broken.append(f"  step {candidate}: {found}")
         if strict or step is not None:
             raise CheckpointError(
@@ -101,10 +109,18 @@ def _nothing(root: Path, step: int | None, steps: Sequence[int], broken: Sequenc
     return f"There is no checkpoint in {root} (folders step_XXXXXXXX with a MANIFEST.json); check the path."
 
 
-class CheckpointReader:
-    """A whole checkpoint. tensors[part][name] has the dtype (safetensors' name), shape and slices of each tensor."""
+class DamagedError(CheckpointError):
+    """A file is not what was stored, or cannot be read: what was being filled is of no use; an older one may be."""
 
-    def __init__(self, found: Examined, world: Axis, device: torch.device) -> None:
+
+class CheckpointReader:
+    """A whole checkpoint. tensors[part][name] has the dtype (safetensors' name), shape and slices of each tensor.
+
+    on_read: only what it was found by is verified yet; `fill` and `fill_all` verify all slices of a part, also those
+    that no block asks for. `logical` and `rectangle` verify nothing.
+    """
+
+    def __init__(self, found: Examined, world: Axis, device: torch.device, on_read: bool = False) -> None:
         self.folder = found.folder
         self.manifest = found.manifest
         self.step = found.manifest.step
@@ -115,6 +131,7 @@ class CheckpointReader:
         self.data: dict[str, Any] = json.loads(self.texts["data.json"])
         self._world = world
         self._device = device
+        self._on_read = on_read
 
     @property
     def tensors(self) -> dict[str, dict[str, StoredTensor]]:
@@ -168,12 +185,26 @@ class CheckpointReader:
         return list(told["unused"])
 
     def _read(self, blocks: Sequence[Block], part: str) -> None:
-        problem = ""
-        try:
-            fill_blocks(self.folder, self.manifest, self.tensors.get(part, {}), blocks)
-        except CheckpointError as error:
-            problem = str(error)
-        raise_together(problem, self._world, self._device)
+        """Fill, and verify all slices of the tensors that a rank asks for, if that was left for now."""
+        problem, stored = "", self.tensors.get(part, {})
+        with HashesBeside() as hashes:
+            try:
+                fill_blocks(self.folder, self.manifest, stored, blocks, hashes if self._on_read else None)
+                problem = "; ".join(hashes.problems()[:3])
+            except CheckpointError as error:
+                problem = str(error)
+        raise_together(problem, self._world, self._device, DamagedError)
+        if self._on_read:
+            self._check_rest(part, hashes.checked)
+
+    def _check_rest(self, part: str, checked: Set[tuple[str, int]]) -> None:
+        """What blocks of another split ask for in pieces, or nobody asks for, shared out over the ranks."""
+        slices = [(name, piece) for name, tensor in self.tensors.get(part, {}).items() for piece in tensor.slices]
+        mine = [(piece.file, piece.start) in checked for _, piece in slices]
+        done = any_says(mine, self._world, self._device)
+        rest = [entry for entry, was_read in zip(slices, done, strict=True) if not was_read]
+        problem = check_unread(self.folder, self.manifest, rest, self._world.rank, self._world.size)
+        raise_together(problem, self._world, self._device, DamagedError)
 
     def unused(self, names: Iterable[str], part: str = "model") -> list[str]:
         """Stored tensors that no rank names. Collective."""

@@ -33,11 +33,11 @@ PART_NAME = re.compile(r"[a-z][a-z0-9_]{0,31}")
 RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _TENSOR_FILE = re.compile(r"[a-z][a-z0-9_]{0,31}-r[0-9]{5,7}\.safetensors")
 _LAST_LINE = re.compile(rb'"sha256": "([0-9a-f]{64})"}\n')
-_DIGEST_DIGITS = {"sha256": 64, "xxh3": 32, "header_xxh3": 32}
+_DIGESTS = {kind: re.compile(f"[0-9a-f]{{{n}}}") for kind, n in (("sha256", 64), ("xxh3", 32), ("header_xxh3", 32))}
 _LIMIT = 1 << 63
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class StoredSlice:
     """One rectangle of a logical tensor and the bytes that hold it."""
 
@@ -48,7 +48,7 @@ class StoredSlice:
     xxh3: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class StoredTensor:
     """A logical tensor; the slices tile it exactly. dtype: safetensors' name, as "BF16"."""
 
@@ -108,21 +108,19 @@ def _file(file: StoredFile) -> dict[str, Any]:
 
 def _tensor_lines(tensors: dict[str, StoredTensor]) -> list[str]:
     return [
-        f'{json.dumps(name)}: {{"dtype": "{tensor.dtype}", "shape": {json.dumps(tensor.shape)}, '
-        f'"slices": {json.dumps([_slice(part) for part in tensor.slices])}}}'
+        f'{json.dumps(name)}: {{"dtype": "{tensor.dtype}", "shape": {list(tensor.shape)}, '
+        f'"slices": [{", ".join(map(_slice, tensor.slices))}]}}'
         for name, tensor in tensors.items()
     ]
 
 
-def _slice(part: StoredSlice) -> dict[str, Any]:
-    return {
-        "file": part.file,
-        "start": part.start,
-        "length": part.length,
-        "offset": part.rectangle.offset,
-        "shape": part.rectangle.shape,
-        "xxh3": part.xxh3,
-    }
+def _slice(part: StoredSlice) -> str:
+    # written out: there may be a hundred thousand, and their names are known to need no escape
+    offset, shape = list(part.rectangle.offset), list(part.rectangle.shape)
+    return (
+        f'{{"file": "{part.file}", "start": {part.start}, "length": {part.length}, "offset": {offset}, '
+        f'"shape": {shape}, "xxh3": "{part.xxh3}"}}'
+    )
 
 
 def parse_manifest(data: bytes) -> Manifest:
@@ -183,7 +181,7 @@ def _text(value: Any) -> str:
 
 def _digest(entry: dict[str, Any], kind: str) -> str:
     value = entry[kind]
-    if type(value) is not str or not re.fullmatch(f"[0-9a-f]{{{_DIGEST_DIGITS[kind]}}}", value):
+    if type(value) is not str or not _DIGESTS[kind].fullmatch(value):
         raise CheckpointError(f"{str(value)[:80]!r} is not a {kind} digest")
     return value
 

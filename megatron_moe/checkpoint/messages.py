@@ -56,16 +56,26 @@ def told_by_first(text: str, axis: Axis, device: torch.device) -> str:
     return _decode(axis.comm.broadcast_(data, 0))
 
 
+def any_says(mine: Sequence[bool], axis: Axis, device: torch.device) -> list[bool]:
+    """For each place, whether any rank says yes. Collective; all ranks give as many."""
+    flags = torch.tensor(mine, dtype=torch.int32, device=device)
+    if len(flags):
+        axis.comm.all_reduce_(flags, "max")
+    return [bool(flag) for flag in flags.tolist()]
+
+
 def all_ready(ready: bool, axis: Axis, device: torch.device) -> bool:
     """True when every rank says so. Collective."""
     flag = torch.tensor([int(ready)], dtype=torch.int64, device=device)
     return bool(axis.comm.all_reduce_(flag, "min").item())
 
 
-def raise_together(problem: str, axis: Axis, device: torch.device) -> None:
-    """CheckpointError on every rank if any rank has a problem; an error on one rank alone would hang the others."""
+def raise_together(
+    problem: str, axis: Axis, device: torch.device, kind: type[CheckpointError] = CheckpointError
+) -> None:
+    """An error on every rank if any rank has a problem; an error on one rank alone would hang the others."""
     problems = gather_to_all(problem, axis, device)
     found = [f"rank {rank}: {text}" if axis.size > 1 else text for rank, text in enumerate(problems) if text]
     if found:
         more = f"\n... and {len(found) - 3} more ranks" if len(found) > 3 else ""
-        raise CheckpointError("\n".join(found[:3]) + more)
+        raise kind("\n".join(found[:3]) + more)

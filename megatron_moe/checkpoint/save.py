@@ -9,7 +9,9 @@ import json
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from megatron_moe.checkpoint.load import examine
 from megatron_moe.checkpoint.manifest import PART_NAME, RUN_ID
 from megatron_moe.checkpoint.messages import all_ready, gather_to_first, told_by_first
 from megatron_moe.checkpoint.rotate import Rotation, discard, point_latest, step_folder, sweep
-from megatron_moe.checkpoint.snapshot import take_snapshot
+from megatron_moe.checkpoint.snapshot import prepare_memory, take_snapshot
 from megatron_moe.checkpoint.storage import Storage, describe_failure, make_dirs
 from megatron_moe.checkpoint.stream import code_version
 from megatron_moe.checkpoint.write import RankTable, Share, write_share
@@ -31,6 +33,8 @@ from megatron_moe.parallel.blocks import Block
 from megatron_moe.parallel.state import Axis
 
 logger = logging.getLogger(__name__)
+
+_HEAD_START_S = 0.002
 
 
 class _Job:
@@ -97,10 +101,24 @@ class CheckpointWriter:
         self._attempt = 0
         self._in_flight: _InFlight | None = None
         self._sweeper: _Job | None = None
+        self._preparation: _Job | None = None
         self.last_error: MegatronMoEError | None = None
         self.last_step: int | None = None
         if world.is_first:
             sweep(self._storage, root)
+
+    def prepare(self, parts: Mapping[str, Sequence[Block]]) -> None:
+        """Get the memory that `save` of these blocks needs, beside the first steps; else the first save waits for it.
+
+        Not collective.
+        """
+
+        def work() -> None:
+            # without memory the save itself will tell
+            with suppress(MemoryError, RuntimeError):
+                prepare_memory(parts, self._memory)
+
+        self._preparation = _Job(work, background=True)
 
     def save(
         self,
@@ -131,14 +149,20 @@ class CheckpointWriter:
             return
         flight = self._in_flight = _InFlight(step, folder)
         metadata = {"run_id": self._run_id, "step": str(step), "rank": str(self._world.rank)}
+        if self._preparation:
+            self._preparation.wait()
+            self._preparation = None
         try:
             snapshot = take_snapshot(parts, self._memory)
         except (MemoryError, RuntimeError) as error:
-            flight.table = RankTable(problem=f"no copy in host memory: {error or 'out of memory'}", storage=True)
+            flight.table = RankTable(problem=f"no copy in host memory: {str(error) or 'out of memory'}", storage=True)
         else:
             share = Share(folder, self._world.rank, snapshot, texts if self._world.is_first else {}, metadata)
 
             def write() -> None:
+                if self._background:
+                    # the step goes on first: both threads want the interpreter
+                    time.sleep(_HEAD_START_S)
                 flight.table = write_share(self._storage, share)
 
             flight.job = _Job(write, self._background)
@@ -170,6 +194,8 @@ class CheckpointWriter:
         try:
             self.commit_if_ready(block=True)
         finally:
+            if self._preparation:
+                self._preparation.wait()
             self._memory.release()
             self._wait_for_sweeper()
 

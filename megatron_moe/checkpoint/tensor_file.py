@@ -75,6 +75,19 @@ def read_exactly(file: int, out: Bytes, start: int) -> None:
         position += taken
 
 
+def read_scattered(file: int, outs: Sequence[Bytes], start: int) -> None:
+    """Fill several stretches of memory from bytes that follow each other, in one call unless the file system says less.
+
+    Raises OSError, EOFError as `read_exactly`.
+    """
+    taken = os.preadv(file, [out.data for out in outs], start)
+    for out in outs:
+        if taken < len(out):
+            read_exactly(file, out[taken:], start + taken)
+        taken = max(0, taken - len(out))
+        start += len(out)
+
+
 def read_rectangle(file: int, start: int, stored: Rectangle, wanted: Rectangle, itemsize: int, out: Bytes) -> None:
     """Read `wanted`, part of the rectangle `stored` whose bytes begin at `start`; out: its bytes, row-major.
 

@@ -3,7 +3,7 @@
 import hashlib
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +12,20 @@ from typing import Literal
 import numpy as np
 import xxhash
 
-from megatron_moe.checkpoint.manifest import MANIFEST, MANIFEST_LIMIT_BYTES, TEXT_FILES, Manifest, parse_manifest
+from megatron_moe.checkpoint.manifest import (
+    MANIFEST,
+    MANIFEST_LIMIT_BYTES,
+    TEXT_FILES,
+    Manifest,
+    StoredSlice,
+    parse_manifest,
+)
 from megatron_moe.checkpoint.tensor_file import Bytes, read_exactly
 from megatron_moe.config.errors import CheckpointError
 
-# "sizes": manifest, sizes and the JSON files only; "xxh3": all bytes, fast; "sha256": all bytes, by the file table
-Check = Literal["sizes", "xxh3", "sha256"]
+# "sizes": manifest, sizes and the JSON files only; "xxh3": all bytes, fast; "sha256": all bytes, by the file table;
+# "on_read": as "sizes" and the headers of the tensor files, and the tensors when they are read
+Check = Literal["sizes", "on_read", "xxh3", "sha256"]
 
 # JSON files are small; a larger one is an accident
 _TEXT_LIMIT_BYTES = 100_000_000
@@ -114,13 +122,15 @@ class Stretch:
 
 
 def stretches_of(manifest: Manifest, check: Check) -> list[Stretch]:
-    """All bytes of all tensor files, in order; none for "sizes"."""
+    """All bytes of all tensor files, in order; none for "sizes", the headers for "on_read"."""
     tensor_files = {name: file for name, file in manifest.files.items() if name not in TEXT_FILES}
     if check == "sizes":
         return []
     if check == "sha256":
         return [Stretch(name, 0, file.size, file.sha256, "the file") for name, file in sorted(tensor_files.items())]
     found = [Stretch(name, 0, file.header, file.header_xxh3, "the header") for name, file in tensor_files.items()]
+    if check == "on_read":
+        return sorted(found, key=lambda stretch: stretch.file)
     for part, tensors in manifest.parts.items():
         for name, tensor in tensors.items():
             for piece in tensor.slices:
@@ -143,15 +153,31 @@ def _share(stretches: list[Stretch], rank: int, world_size: int) -> list[Stretch
 
 def check_share(folder: Path, manifest: Manifest, rank: int, world_size: int, check: Check) -> str:
     """Hash this rank's share of the files; returns what is wrong, "" when nothing is."""
-    scratch = np.empty(CHUNK_BYTES, dtype=np.uint8)
+    return check_stretches(folder, manifest, _share(stretches_of(manifest, check), rank, world_size), check)
+
+
+def check_unread(
+    folder: Path, manifest: Manifest, unread: Sequence[tuple[str, StoredSlice]], rank: int, world_size: int
+) -> str:
+    """The same for slices (with the names of their tensors) that no rank has read whole."""
+    stretches = [
+        Stretch(piece.file, piece.start, piece.length, piece.xxh3, f"tensor '{name}' {piece.rectangle}")
+        for name, piece in unread
+    ]
+    ordered = sorted(stretches, key=lambda stretch: (stretch.file, stretch.start))
+    return check_stretches(folder, manifest, _share(ordered, rank, world_size), "xxh3")
+
+
+def check_stretches(folder: Path, manifest: Manifest, stretches: Sequence[Stretch], check: Check) -> str:
+    """Read and hash them; returns what is wrong with the first that are."""
+    scratch = np.empty(CHUNK_BYTES if stretches else 0, dtype=np.uint8)
     problems: list[str] = []
-    mine = _share(stretches_of(manifest, check), rank, world_size)
-    for name in sorted({stretch.file for stretch in mine}):
+    for name in sorted({stretch.file for stretch in stretches}):
         try:
             with opened(folder / name, manifest.files[name].size) as file:
                 if header_length(file) != manifest.files[name].header:
                     problems.append(f"{name}: its header does not have the length that the manifest says")
-                for stretch in mine:
+                for stretch in stretches:
                     if stretch.file == name and digest_of(file, stretch, check, scratch) != stretch.digest:
                         problems.append(f"{name} is damaged or of another checkpoint: {stretch.what} has another hash")
         except CheckpointError as error:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -93,17 +93,13 @@ def write_share(storage: Storage, share: Share) -> RankTable:
     try:
         table = RankTable()
         # hashes are computed beside the disk, not before or after it
-        with ThreadPoolExecutor(max(1, len(share.snapshot))) as beside:
-            files = []
-            for part, snapshot in share.snapshot.items():
-                path = share.folder / f"{part}-r{share.rank:05d}.safetensors"
-                content = _content(path, part, snapshot.written, share.metadata)
-                files.append((content, beside.submit(_digests, content), snapshot.compared))
-            for content, digests, compared in files:
+        with ThreadPoolExecutor(max(1, 3 * len(share.snapshot))) as beside:
+            for begun in [_begin(beside, share, part) for part in share.snapshot]:
+                content = begun.content.result()
                 path = content.path
                 if len(content.data):
                     write_file(storage, path, memoryview(content.head), content.data.data)
-                _enter(table, content, digests.result(), compared)
+                _enter(table, begun, share.snapshot[content.part].compared)
         for name, data in share.texts.items():
             path = share.folder / name
             write_file(storage, path, memoryview(data))
@@ -144,17 +140,28 @@ def _content(path: Path, part: str, written: HostBlocks, metadata: dict[str, str
 
 
 @dataclass(frozen=True)
-class _Digests:
-    whole: str
-    header: str
-    blocks: list[str]
+class _Begun:
+    """One part, looked at and hashed in other threads. whole: SHA-256 of the file; blocks: xxh3-128 of each."""
+
+    content: Future[_Content]
+    whole: Future[str]
+    blocks: Future[list[str]]
 
 
-def _digests(content: _Content) -> _Digests:
+def _begin(beside: Executor, share: Share, part: str) -> _Begun:
+    path = share.folder / f"{part}-r{share.rank:05d}.safetensors"
+    content = beside.submit(_content, path, part, share.snapshot[part].written, share.metadata)
+
+    def blocks() -> list[str]:
+        return _block_digests(content.result().blocks, content.result().data)
+
+    return _Begun(content, beside.submit(lambda: _file_digest(content.result())), beside.submit(blocks))
+
+
+def _file_digest(content: _Content) -> str:
     whole = hashlib.sha256(content.head)
     whole.update(content.data.data)
-    header = xxhash.xxh3_128_hexdigest(content.head)
-    return _Digests(whole.hexdigest(), header, _block_digests(content.blocks, content.data))
+    return whole.hexdigest()
 
 
 def _block_digests(blocks: Sequence[HostBlock], data: Bytes) -> list[str]:
@@ -162,13 +169,15 @@ def _block_digests(blocks: Sequence[HostBlock], data: Bytes) -> list[str]:
     return [xxhash.xxh3_128_hexdigest(view[block.start : block.start + block.length]) for block in blocks]
 
 
-def _enter(table: RankTable, content: _Content, found: _Digests, compared: HostBlocks) -> None:
+def _enter(table: RankTable, begun: _Begun, compared: HostBlocks) -> None:
     """What is known of one part, once it is written."""
+    content = begun.content.result()
     head, file = len(content.head), ""
     if len(content.data):
         file = content.path.name
-        table.files[file] = StoredFile(head + len(content.data), found.whole, head, found.header)
-    for block, digest in zip(content.blocks, found.blocks, strict=True):
+        header = xxhash.xxh3_128_hexdigest(content.head)
+        table.files[file] = StoredFile(head + len(content.data), begun.whole.result(), head, header)
+    for block, digest in zip(content.blocks, begun.blocks.result(), strict=True):
         table.slices.append(_held_slice(content.part, block, digest, True, file if block.length else "", head))
     replicas = compared.described()
     for block, digest in zip(replicas, _block_digests(replicas, compared.data), strict=True):

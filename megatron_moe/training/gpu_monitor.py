@@ -1,12 +1,14 @@
 """Readings of this rank's GPU through NVML (package nvidia-ml-py): power, heat, memory, errors."""
 
 import logging
+import socket
 from typing import Any
 
 import torch
 
 from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.optional import require
+from megatron_moe.training.gpu_health import GpuHealth
 
 logger = logging.getLogger(__name__)
 
@@ -14,9 +16,10 @@ logger = logging.getLogger(__name__)
 class GpuMonitor:
     """Reads one card; a reading that the card does not offer is left out."""
 
-    def __init__(self, nvml: Any, handle: Any) -> None:
+    def __init__(self, nvml: Any, handle: Any, name: str) -> None:
         self._nvml = nvml
         self._handle = handle
+        self._health = GpuHealth(nvml, handle, name)
 
     @classmethod
     def for_device(cls, device: torch.device) -> "GpuMonitor | None":
@@ -27,7 +30,7 @@ class GpuMonitor:
             nvml = require("pynvml", extra="gpu")
             nvml.nvmlInit()
             uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-            return cls(nvml, nvml.nvmlDeviceGetHandleByUUID(uuid))
+            return cls(nvml, nvml.nvmlDeviceGetHandleByUUID(uuid), f"{device} of {socket.gethostname()} ({uuid})")
         except ConfigError as error:
             logger.warning("no GPU readings in the log: %s", error)
         except Exception as error:  # NVML's own errors share no base class with ours, and none may stop a run
@@ -35,7 +38,10 @@ class GpuMonitor:
         return None
 
     def read(self) -> dict[str, float]:
-        """Power in W, temperature in °C, utilisation in %, memory in GiB, throttle reasons and ECC errors."""
+        """Power in W, temperature in °C, utilisation in %, memory in GiB, throttle reasons and ECC errors.
+
+        What is new and bad is told in the log as well (gpu_health.py).
+        """
         nvml, handle = self._nvml, self._handle
         readings = {
             "gpu power (W)": lambda: nvml.nvmlDeviceGetPowerUsage(handle) / 1e3,
@@ -53,4 +59,4 @@ class GpuMonitor:
                 found[name] = float(read())
             except Exception:  # not every card has every reading
                 continue
-        return found
+        return found | self._health.check()

@@ -2,14 +2,14 @@
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_moe.checkpoint.load import CheckpointReader, find_checkpoint
+from megatron_moe.checkpoint.load import CheckpointReader, DamagedError, find_checkpoint
 from megatron_moe.checkpoint.messages import told_by_first
 from megatron_moe.checkpoint.rotate import stored_steps
 from megatron_moe.config.checkpoint import CheckpointConfig
@@ -28,16 +28,33 @@ logger = logging.getLogger(__name__)
 WAY_OUT = "Give this run the same, or start a new run from its weights with --finetune."
 
 
-def find_start(wanted: CheckpointConfig, world: Axis, device: torch.device) -> CheckpointReader | None:
-    """The checkpoint to go on from; None to start at step 0. Collective.
+def go_on(
+    wanted: CheckpointConfig, world: Axis, device: torch.device, fill: Callable[[CheckpointReader], None]
+) -> None:
+    """Fill a run from the newest whole checkpoint; not at all when it starts at step 0. Collective.
 
-    Raises NoCheckpointError when one was required, and when there are some but none is whole.
+    Each byte is read once and verified on its way: when that finds damage, the next older one fills all anew.
+    Raises NoCheckpointError when one was required, and when there are some but none is whole; CheckpointError when the
+    step that was asked for is not.
     """
+    damaged: dict[int, str] = {}
+    while (reader := _find_start(wanted, world, device, damaged)) is not None:
+        try:
+            fill(reader)
+        except DamagedError as error:
+            damaged[reader.step] = str(error)
+        else:
+            return
+
+
+def _find_start(
+    wanted: CheckpointConfig, world: Axis, device: torch.device, damaged: Mapping[int, str]
+) -> CheckpointReader | None:
     if wanted.load_directory is None:
         return None
     folder = Path(wanted.load_directory)
     try:
-        return find_checkpoint(folder, wanted.ckpt_step, world, device=device)
+        return find_checkpoint(folder, wanted.ckpt_step, world, check="on_read", device=device, damaged=damaged)
     except NoCheckpointError as error:
         if wanted.exit_on_missing_checkpoint or wanted.ckpt_step is not None:
             raise

@@ -30,7 +30,7 @@ from megatron_moe.training.flops import flops_per_token, formula_text, peak_flop
 from megatron_moe.training.gpu_monitor import GpuMonitor
 from megatron_moe.training.metrics import summarise_routing
 from megatron_moe.training.restarts import Restarts
-from megatron_moe.training.resume import check_place_to_save, check_same_data, check_same_run, find_start
+from megatron_moe.training.resume import check_place_to_save, check_same_data, check_same_run, go_on
 from megatron_moe.training.signals import StopSignals
 from megatron_moe.training.sinks import Sinks
 from megatron_moe.training.together import together
@@ -124,6 +124,8 @@ class Trainer:
             logger.info(formula_text())
             with self._sinks() as sinks, self.loader:
                 self._restarts.begin(self.step)
+                if self.writer is not None and self.config.checkpoint.async_save:
+                    self.writer.prepare(self._blocks())
                 try:
                     self._loop(sinks, signals)
                 except (NonFiniteError, ReplicaError, DataError, StorageError):
@@ -249,7 +251,7 @@ class Trainer:
         if last or (interval is not None and self.step % interval == 0):
             self.writer.save(
                 self.step,
-                {"model": self.engine.weight_blocks(), "optim": self.engine.optimizer.blocks()},
+                self._blocks(),
                 self._state(),
                 self.config.to_json(),
                 self._fingerprints,
@@ -257,6 +259,9 @@ class Trainer:
             if self.writer.last_error is None:
                 self._last_good = f"step {self.step} in {self.config.checkpoint.save}"
         self._restarts.progressed(self.writer.last_step)
+
+    def _blocks(self) -> dict[str, list[Block]]:
+        return {"model": self.engine.weight_blocks(), "optim": self.engine.optimizer.blocks()}
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -269,9 +274,7 @@ class Trainer:
 
     def restore(self) -> None:
         """Go on from the newest valid checkpoint, if one was asked for and is there."""
-        reader = find_start(self.config.checkpoint, self.state.world, self.device)
-        if reader is not None:
-            self._fill(reader)
+        go_on(self.config.checkpoint, self.state.world, self.device, self._fill)
         with together(self.state.world, self.device):
             check_place_to_save(self.config.checkpoint, self.step)
 
