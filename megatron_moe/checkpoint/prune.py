@@ -26,8 +26,8 @@ class Pruning:
 def plan_pruning(root: Path, keep: int, stale_minutes: float | None) -> Pruning:
     """Keep the newest `keep` whose every checksum holds; of those beyond, the ones that look whole go.
 
-    stale_minutes: left-overs that nobody has written to for so long go too; None leaves all but half-done removals.  Raises NoCheckpointError
-    when there are checkpoints and none is whole.
+    stale_minutes: left-overs that nobody has written to for so long go too; None leaves all but half-done removals.
+    Raises NoCheckpointError when there are checkpoints and none is whole.
     """
     plan = Pruning(root)
     for entry in catalogue(root, "sizes"):

@@ -1,8 +1,8 @@
 """Writes `.bin/.idx` pairs, byte for byte as Megatron does, so that a reader sees a whole pair or none.
 
 Both files grow as `<name>.partial` beside their place and are renamed when complete: .bin, then their hashes
-(data/hashes.py), then .idx, with which the pair is there. The partial file is locked while its writer lives: what a killed writer left behind is taken
-over, never published.
+(data/hashes.py), then .idx, with which the pair is there. The partial file is locked while its writer lives: what a
+killed writer left behind is taken over, never published.
 """
 
 from __future__ import annotations

@@ -85,23 +85,33 @@ class Note:
 
 
 def attempt(
-    rank: int, world_size: int, text: str, notes: str, number: int, plan: FaultPlan | None, inbox: Path | None = None
+    rank: int,
+    world_size: int,
+    text: str,
+    notes: str,
+    number: int,
+    plan: FaultPlan | None,
+    inbox: Path | None = None,
+    pace_s: float = 0.0,
 ) -> int:
-    """One start of the job on one rank; returns its exit code, unless a fault ends it."""
+    """One start of the job on one rank; returns its exit code, unless a fault ends it.
+
+    inbox: see Faults.  pace_s: idle after each step.
+    """
     config = RunConfig.from_json(text)
     state = ParallelState.alone() if world_size == 1 else ParallelState.distributed(grid_of(config, world_size))
     faults = Faults(plan or FaultPlan(), rank, inbox)
     faults.reach("startup.begin")
     trainer = Trainer(config, state, CPU)
-    if plan is not None:
+    if plan is not None or inbox is not None:
         attach(trainer, faults)
     faults.reach("startup.built")
     with (Path(notes) / f"rank{rank}.jsonl").open("ab", buffering=0) as file:
-        watch(trainer, file.write, number)
+        watch(trainer, file.write, number, pace_s)
         return trainer.run()
 
 
-def watch(trainer: Trainer, write: Callable[[bytes], Any], number: int) -> None:
+def watch(trainer: Trainer, write: Callable[[bytes], Any], number: int, pace_s: float = 0.0) -> None:
     """Let a trainer tell of every step of attempt `number`: one line of JSON, a Note."""
     train = trainer.engine.train_step
 
@@ -111,6 +121,7 @@ def watch(trainer: Trainer, write: Callable[[bytes], Any], number: int) -> None:
         consumed = trainer.loader.state_dict()["consumed_samples"]
         note = Note(number, step + 1, samples, consumed, result.metrics.loss, state_hash(trainer), time.monotonic())
         write(json.dumps(asdict(note)).encode() + b"\n")
+        time.sleep(pace_s)
         return result
 
     trainer.engine.train_step = watched  # type: ignore[method-assign]

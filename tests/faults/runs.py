@@ -1,5 +1,6 @@
 """A run that is disturbed, and the same run undisturbed: the hash of every step must agree."""
 
+import json
 import random
 import signal
 import time
@@ -55,24 +56,26 @@ class Run:
         self._text = text
         self._world_size = world_size
         self._ended: float | None = None
+        self._begins: list[int] = []  # where each rank's notes of this attempt begin, in bytes
         self._before = Held.now()
 
-    def start(self, plan: FaultPlan | None = None, inbox: Path | None = None) -> Attempt:
+    def start(self, plan: FaultPlan | None = None, inbox: Path | None = None, pace_s: float = 0.0) -> Attempt:
         number, self.attempts = self.attempts, self.attempts + 1
+        self._begins = [self._size(rank) for rank in range(self._world_size)]
         log = self.folder / "log.txt"
-        return Attempt(self._world_size, log, attempt, self._text, str(self.notes), number, plan, inbox)
+        return Attempt(self._world_size, log, attempt, self._text, str(self.notes), number, plan, inbox, pace_s)
 
-    def finish(self) -> None:
+    def finish(self, limit_s: float = LIMIT_S) -> None:
         """Undisturbed, to the end."""
-        ended = self.start().wait(LIMIT_S)
+        ended = self.start().wait(limit_s)
         assert ended is not None and ended.code == 0, (ended, self.said())
-        self._take(ended)
+        self.note(ended)
 
     def kill_at(self, fault: Fault) -> None:
         """One attempt that this fault ends."""
         ended = self.start(FaultPlan((fault,))).wait(LIMIT_S)
         assert ended is not None and ended.codes[fault.rank or 0] == -signal.SIGKILL, (str(fault), ended, self.said())
-        self._take(ended)
+        self.note(ended)
 
     def kill_after(self, rank: int, step: int, delay_s: float) -> None:
         """One attempt; the rank is killed from outside, some time after it has done a step."""
@@ -80,19 +83,23 @@ class Run:
         until = time.monotonic() + LIMIT_S
         while not self._did(rank, step):
             assert time.monotonic() < until, self.said()
-            time.sleep(0.001)
+            time.sleep(0.003)
         time.sleep(delay_s)
         running.send(signal.SIGKILL, rank)
         ended = running.wait(LIMIT_S)
         assert ended is not None, self.said()
-        self._take(ended)
+        self.note(ended)
 
     def steps(self) -> list[Step]:
         return read_steps(self.notes, self._world_size)
 
-    def said(self) -> str:
+    def log(self) -> str:
+        """All that the ranks said."""
         log = self.folder / "log.txt"
-        return log.read_text()[-3000:] if log.exists() else ""
+        return log.read_text() if log.exists() else ""
+
+    def said(self) -> str:
+        return self.log()[-3000:]
 
     def check(self, expected: list[Step]) -> None:
         """Every step that was ever done is that of the undisturbed run, to the last."""
@@ -104,23 +111,53 @@ class Run:
         assert self.steps()[-1].step == expected[-1].step
         assert left_by_saves(self.saved) == []
 
-    def _did(self, rank: int, step: int) -> bool:
-        path = self.notes / f"rank{rank}.jsonl"
-        mark = f'"attempt": {self.attempts - 1}, "step": '
-        lines = path.read_text().splitlines() if path.exists() else []
-        return any(mark in line and int(line.partition(mark)[2].partition(",")[0]) >= step for line in lines[-20:])
+    def steps_of_attempt(self, rank: int = 0) -> int:
+        """How many steps a rank has done in the attempt that runs."""
+        return len(self._lines_of_attempt(rank))
 
-    def _take(self, ended: Ended) -> None:
+    def has_begun(self) -> bool:
+        """Whether all ranks have done a step of it."""
+        return all(self.steps_of_attempt(rank) for rank in range(self._world_size))
+
+    def _did(self, rank: int, step: int) -> bool:
+        lines = self._lines_of_attempt(rank)
+        return any(int(line.partition('"step": ')[2].partition(",")[0]) >= step for line in lines)
+
+    def _size(self, rank: int) -> int:
+        path = self.notes / f"rank{rank}.jsonl"
+        return path.stat().st_size if path.exists() else 0
+
+    def _lines_of_attempt(self, rank: int, most: int = 16384) -> list[str]:
+        """What it wrote down last, as far as these bytes tell."""
+        size = self._size(rank)
+        if size <= self._begins[rank]:
+            return []
+        with (self.notes / f"rank{rank}.jsonl").open("rb") as file:
+            file.seek(max(self._begins[rank], size - most))
+            lines = file.read().decode().splitlines()
+        return [line for line in lines if line.startswith(f'{{"attempt": {self.attempts - 1}, "step": ')]
+
+    def note(self, ended: Ended) -> None:
         """Leaks, and how long it took from the end before to a new step."""
-        assert leaked(self._before) == []
-        number = self.attempts - 1
-        first = next((step.at for step in self.steps() if step.attempt == number), None) if self._all_told() else None
+        assert leaked(self._before, slack=1) == []
+        first = self._first_of_attempt()
         if self._ended is not None and first is not None:
             self.restart_s.append(first - self._ended)
         self._ended = ended.noticed
 
-    def _all_told(self) -> bool:
-        return all((self.notes / f"rank{rank}.jsonl").exists() for rank in range(self._world_size))
+    def _first_of_attempt(self) -> float | None:
+        """When all ranks had done their first step of the attempt that has ended; None if one has not."""
+        times = []
+        for rank in range(self._world_size):
+            if self._size(rank) <= self._begins[rank]:
+                return None
+            with (self.notes / f"rank{rank}.jsonl").open("rb") as file:
+                file.seek(self._begins[rank])
+                line = file.readline()
+            if not line.endswith(b"\n"):
+                return None
+            times.append(float(json.loads(line)["at"]))
+        return max(times)
 
 
 def draw_kill(rng: random.Random, step: int) -> Fault:
