@@ -179,7 +179,7 @@ class CheckpointWriter:
             self._sweeper = None
 
     def _begin(self, step: int, need: int) -> Path | None:
-        """The new folder on all ranks; None when there is nothing to write, or nowhere to.  need: bytes, for messages."""
+        """The new folder on all ranks; None when there is nothing to write, or nowhere to.  need: bytes, to tell."""
         final = step_folder(self._root, step)
         there = told_by_first("there" if os.path.lexists(final) else "", self._world, self._device)
         if there and self._is_saved(step):

@@ -15,9 +15,9 @@ class Growth:
     """Measurements in order of time."""
 
     # arrays: what measures a slope must not grow itself
-    seconds: array[float] = field(default_factory=lambda: array("d"))
-    resident: array[float] = field(default_factory=lambda: array("d"))  # bytes
-    handles: array[int] = field(default_factory=lambda: array("l"))
+    seconds: "array[float]" = field(default_factory=lambda: array("d"))
+    resident: "array[float]" = field(default_factory=lambda: array("d"))  # bytes
+    handles: "array[int]" = field(default_factory=lambda: array("l"))
 
     def add(self, now: float, process: int) -> None:
         """One measurement; none of a process that is gone."""

@@ -18,7 +18,7 @@ EVERY_S = 3.0
     "R42",
     ci=6,
     nightly=600,
-    what="a job on 4 ranks under kills, hangs, errors, bad disks, flipped bits and preemption: as undisturbed, no leaks",
+    what="a job on 4 ranks under kills, hangs, errors, bad disks, flipped bits, preemption: as undisturbed, no leaks",
 )
 @pytest.mark.slow
 @pytest.mark.timeout(14400)
