@@ -28,9 +28,9 @@ from tests.faults.mortal import KILLED, in_child
 from tests.faults.plan import SIGNALS, Fault, FaultPlan
 
 WORLD, LONG = 2, 100_000
-POINTS = ["load.begin", "load.end", "data.read", "step.begin", "step.forward", "step.gradients", "step.reduced"]
-POINTS += ["step.updated", "weights.gathered", "eval.begin", "eval.batch", "ckpt.snapshot"]
-FIRST_ONLY = ["storage.write", "ckpt.before_manifest", "ckpt.before_rename", "ckpt.after_rename", "ckpt.rotate"]
+ON_ALL = ("load.begin", "load.end", "data.read", "step.begin", "step.forward", "step.gradients", "step.reduced")
+FIRST_ONLY = ("storage.write", "ckpt.before_manifest", "ckpt.before_rename", "ckpt.after_rename", "ckpt.rotate")
+POINTS = (*ON_ALL, "step.updated", "weights.gathered", "eval.begin", "eval.batch", "ckpt.snapshot", *FIRST_ONLY)
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def draw(rng: Random, number: int) -> Request:
     by = rng.choice(["TERM", "USR1", "INT"])
     rank, workers, background = rng.randrange(WORLD), number % 5, rng.random() < 0.5
     if number % 2 == 0:
-        point = (POINTS + FIRST_ONLY)[number // 2 % len(POINTS + FIRST_ONLY)]
+        point = POINTS[number // 2 % len(POINTS)]
         rank = 0 if point in FIRST_ONLY else rank
         line = str(Fault(point, by, rank, nth=rng.randint(1, 2 if point.startswith(("eval", "ckpt")) else 4)))
         # a start looks for a checkpoint once

@@ -24,8 +24,8 @@ from tests.faults.plan import CALLS, Fault, FaultPlan
 from tests.faults.supervisor import Attempt
 
 SAVES = 3  # of one child: with keep=2 the last of them rotates
-POINTS = ["ckpt.before_manifest", "ckpt.before_rename", "ckpt.after_rename", "ckpt.link", "ckpt.link_swap"]
-POINTS += ["ckpt.rotate", "ckpt.remove", *(f"storage.{call}" for call in CALLS)]
+COMMIT = ("ckpt.before_manifest", "ckpt.before_rename", "ckpt.after_rename", "ckpt.link", "ckpt.link_swap")
+POINTS = (*COMMIT, "ckpt.rotate", "ckpt.remove", *(f"storage.{call}" for call in CALLS))
 
 
 class Progress:
@@ -136,7 +136,7 @@ def test_a_kill_of_one_of_two_ranks_during_a_save(trials: Trials, tmp_path: Path
         root = tmp_path / str(number)
         rank = number % 2
         # the second rank writes tensors only
-        point = rng.choice(["storage.create", "storage.write", "storage.fsync"] if rank else POINTS[:6])
+        point = rng.choice(("storage.create", "storage.write", "storage.fsync") if rank else POINTS[:6])
         line = str(Fault(point, "kill", rank, nth=rng.randint(1, 3)))
         ended = Attempt(2, tmp_path / "log", save_together, str(root), line, number // 2 % 2 == 0).wait(300)
         assert ended is not None and ended.codes[rank] == -signal.SIGKILL, (line, ended)
