@@ -140,3 +140,14 @@ def test_corpora_of_different_token_types_do_not_merge(tmp_path: Path) -> None:
     assert files(tmp_path) == {"a.bin", "a.idx", "a.hashes.json"}
     with pytest.raises(ConfigError, match="one of the inputs"):
         merge([str(tmp_path / "a")], str(tmp_path / "a"), overwrite=True)
+
+
+def test_a_pair_that_was_published_by_half_is_taken_over_and_a_foreign_file_is_not(tmp_path: Path) -> None:
+    write(tmp_path / "corpus", [[1]])
+    (tmp_path / "corpus.idx").unlink()
+    with pytest.raises(ConfigError, match="already there"):
+        write(tmp_path / "corpus", [[2]])
+    (tmp_path / "corpus.idx.partial").touch()  # as of a writer that was killed between its two renames
+    write(tmp_path / "corpus", [[2]])
+    assert IndexedDataset(tmp_path / "corpus").sequence(0).tolist() == [2]
+    assert files(tmp_path) == WHOLE
