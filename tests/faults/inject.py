@@ -10,8 +10,8 @@ from typing import Any
 
 from megatron_moe.checkpoint.manifest import MANIFEST
 from megatron_moe.checkpoint.rotate import LATEST, step_of
-from megatron_moe.checkpoint.storage import Storage
 from megatron_moe.training.trainer import Trainer
+from tests.checkpoint.samples import HastyStorage
 from tests.faults.plan import ERRNOS, OF_WRITES, SIGNALS, Fault, FaultPlan
 
 DELAY_S = 0.2
@@ -93,8 +93,11 @@ class Faults:
         setattr(owner, name, wrapped)
 
 
-class FaultyStorage(Storage):
-    """The operating system's files, whose every call is a point; of `restarts`, they are all the same one."""
+class FaultyStorage(HastyStorage):
+    """The operating system's files, whose every call is a point; of `restarts`, they are all the same one.
+
+    Kills cut no power: nobody waits for the disk.
+    """
 
     def __init__(self, faults: Faults, of: str = "storage") -> None:
         self._faults = faults
