@@ -182,7 +182,7 @@ class Soaking:
 def compare(soaking: Soaking) -> tuple[list[Step], list[str]]:
     """The steps of the disturbed run, and how they differ from those of the undisturbed one."""
     steps = soaking.run.steps()
-    last = steps[-1].step
+    last = max(step.step for step in steps)  # an attempt that was killed may have been further than the last one
     whole = Run(soaking.folder / "whole", soaking.text(None, exit_interval=last), soaking.wanted.ranks)
     whole.finish(limit_s=3600)
     expected = {step.step: step for step in whole.steps()}
