@@ -153,15 +153,20 @@ def twin_experts(tensors: Mapping[str, StoredTensor]) -> list[tuple[str, str]]:
 def check_sizes(manifest: Manifest, folder: Path) -> None:
     """What the ranks wrote must be here, whole: StorageError when storage lost bytes, or is not shared by all nodes."""
     for name, file in manifest.files.items():
-        try:
-            size = os.lstat(folder / name).st_size
-        except FileNotFoundError:
-            raise StorageError(
-                f"{folder / name} was written by its rank but is not seen by the first rank: "
-                f"the checkpoint folder must be on storage that all nodes share"
-            ) from None
-        if size != file.size:
-            raise StorageError(f"{folder / name} has {size:,} bytes on storage, but {file.size:,} were written")
+        check_size(folder / name, file.size)
+
+
+def check_size(path: Path, written: int) -> None:
+    """The same for one file, of which so many bytes were written."""
+    try:
+        size = os.lstat(path).st_size
+    except FileNotFoundError:
+        raise StorageError(
+            f"{path} was written by its rank but is not seen by the first rank: "
+            f"the checkpoint folder must be on storage that all nodes share"
+        ) from None
+    if size != written:
+        raise StorageError(f"{path} has {size:,} bytes on storage, but {written:,} were written")
 
 
 def commit(storage: Storage, manifest: Manifest, folder: Path, final: Path) -> None:
@@ -170,7 +175,9 @@ def commit(storage: Storage, manifest: Manifest, folder: Path, final: Path) -> N
     Each step is on the disk before the next begins. Raises OSError, StorageError.
     """
     check_sizes(manifest, folder)
-    write_file(storage, folder / MANIFEST, memoryview(manifest.to_text().encode()))
+    text = manifest.to_text().encode()
+    write_file(storage, folder / MANIFEST, memoryview(text))
+    check_size(folder / MANIFEST, len(text))
     storage.sync_dir(folder)
     if os.path.lexists(final):
         storage.rename(final, folder.with_name(folder.name + "-replaced"))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megatron_moe.checkpoint.catalogue import catalogue, last_change
 from megatron_moe.checkpoint.inspection import inspect_checkpoint
-from megatron_moe.checkpoint.rotate import discard, left_overs, remove_step, step_folder
+from megatron_moe.checkpoint.rotate import REMOVED, discard, left_overs, remove_step, step_folder
 from megatron_moe.checkpoint.storage import Storage
 from megatron_moe.config.errors import NoCheckpointError, StorageError
 
@@ -26,8 +26,8 @@ class Pruning:
 def plan_pruning(root: Path, keep: int, stale_minutes: float | None) -> Pruning:
     """Keep the newest `keep` whose every checksum holds; of those beyond, the ones that look whole go.
 
-    stale_minutes: left-overs that nobody has written to for so long go too; None leaves all.  Raises NoCheckpointError
-    when there are checkpoints and none is whole.
+    stale_minutes: left-overs that nobody has written to for so long go too; None leaves all but half-done removals.
+    Raises NoCheckpointError when there are checkpoints and none is whole.
     """
     plan = Pruning(root)
     for entry in catalogue(root, "sizes"):
@@ -44,8 +44,10 @@ def plan_pruning(root: Path, keep: int, stale_minutes: float | None) -> Pruning:
     if plan.broken and not plan.kept:
         listed = "\n".join(f"  step {step}: {problem}" for step, problem in plan.broken.items())
         raise NoCheckpointError(f"No checkpoint in {root} is whole; nothing is removed:\n{listed}")
-    if stale_minutes is not None:
-        for path in left_overs(root):
+    for path in left_overs(root):
+        if path.name.endswith(REMOVED):
+            plan.stale.append(path)  # a removal that was cut short
+        elif stale_minutes is not None:
             idle = time.time() - last_change(path) >= 60 * stale_minutes
             (plan.stale if idle else plan.in_use).append(path)
     return plan

@@ -10,6 +10,7 @@ from megatron_moe.checkpoint.verify import look
 from megatron_moe.config.errors import CheckpointError
 
 LATEST = "latest"
+REMOVED = ".tmp-removed"  # end of the name of a checkpoint that is being removed
 _STEP = re.compile(r"step_([0-9]{8,18})")
 _LEFT_OVER = re.compile(r"(step_[0-9]{8,18}|latest)\.tmp-.+")
 
@@ -74,7 +75,7 @@ def point_latest(storage: Storage, root: Path, step: int, mark: str) -> None:
 def remove_step(storage: Storage, root: Path, step: int) -> bool:
     """Remove the checkpoint of a step; False if it stays, a failure is logged only."""
     folder = step_folder(root, step)
-    going = folder.with_name(f"{folder.name}.tmp-removed")
+    going = folder.with_name(folder.name + REMOVED)
     discard(storage, going)
     try:
         # under another name first: a half-removed checkpoint is never seen

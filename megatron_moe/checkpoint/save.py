@@ -8,6 +8,7 @@ commit_if_ready()   tables go to the first rank, which checks them, writes MANIF
 import json
 import logging
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +24,7 @@ from megatron_moe.checkpoint.host_memory import HostMemory
 from megatron_moe.checkpoint.load import examine
 from megatron_moe.checkpoint.manifest import PART_NAME, RUN_ID
 from megatron_moe.checkpoint.messages import all_ready, gather_to_first, told_by_first
-from megatron_moe.checkpoint.rotate import Rotation, discard, point_latest, step_folder, sweep
+from megatron_moe.checkpoint.rotate import REMOVED, Rotation, discard, left_overs, point_latest, step_folder, sweep
 from megatron_moe.checkpoint.snapshot import prepare_memory, take_snapshot
 from megatron_moe.checkpoint.storage import Storage, describe_failure, make_dirs
 from megatron_moe.checkpoint.stream import code_version
@@ -98,6 +99,7 @@ class CheckpointWriter:
         self._device = device or torch.device("cpu")
         self._rotation = Rotation(self._storage, root, keep)
         self._memory = HostMemory()
+        self._ours = re.compile(rf".+\.tmp-{re.escape(run_id)}(-\d+(-replaced)?)?")
         self._attempt = 0
         self._in_flight: _InFlight | None = None
         self._sweeper: _Job | None = None
@@ -144,7 +146,8 @@ class CheckpointWriter:
         }
         self.commit_if_ready(block=True)
         self._wait_for_sweeper()
-        folder = self._begin(step)
+        own = sum(block.tensor.nbytes for blocks in parts.values() for block in blocks if block.primary)
+        folder = self._begin(step, need=own + sum(map(len, texts.values())))
         if folder is None:
             return
         flight = self._in_flight = _InFlight(step, folder)
@@ -204,13 +207,13 @@ class CheckpointWriter:
             self._sweeper.wait()
             self._sweeper = None
 
-    def _begin(self, step: int) -> Path | None:
-        """The new folder on all ranks; None when there is nothing to write, or nowhere to."""
+    def _begin(self, step: int, need: int) -> Path | None:
+        """The new folder on all ranks; None when there is nothing to write, or nowhere to.  need: bytes, to tell."""
         final = step_folder(self._root, step)
         there = told_by_first("there" if os.path.lexists(final) else "", self._world, self._device)
         if there and self._is_saved(step):
             return None
-        mine = self._new_folder(step) if self._world.is_first else {}
+        mine = self._new_folder(step, need) if self._world.is_first else {}
         answer: dict[str, str] = json.loads(told_by_first(json.dumps(mine), self._world, self._device))
         if "problem" in answer:
             self._fail(StorageError(f"step {step} was not saved: {answer['problem']}"))
@@ -226,7 +229,7 @@ class CheckpointWriter:
         self._log(logging.WARNING, "step %d in %s, by %s, is valid already; left as it is", step, self._root, whose)
         return True
 
-    def _new_folder(self, step: int) -> dict[str, str]:
+    def _new_folder(self, step: int, need: int) -> dict[str, str]:
         folder = self._root
         try:
             make_dirs(self._storage, self._root)
@@ -238,16 +241,18 @@ class CheckpointWriter:
             self._storage.make_dir(folder)
             return {"name": folder.name}
         except OSError as error:
-            return {"problem": describe_failure(error, folder, 0)}
+            return {"problem": describe_failure(error, folder, need)}
 
     def _commit(self, flight: _InFlight, own: RankTable, texts: Sequence[str]) -> dict[str, str]:
         """What became of it, to be told to all ranks; never raises an Exception, for the others wait."""
+        need = 0
         try:
             tables = [own, *(RankTable.from_text(text) for text in texts)]
+            need = sum(file.size for table in tables for file in table.files.values())
             manifest = assemble(tables, self._run_id, flight.step, code_version())
             commit(self._storage, manifest, flight.folder, step_folder(self._root, flight.step))
         except OSError as error:
-            return {"storage": describe_failure(error, flight.folder, 0)}
+            return {"storage": describe_failure(error, flight.folder, need)}
         except StorageError as error:
             return {"storage": str(error)}
         except ReplicaError as error:
@@ -281,9 +286,10 @@ class CheckpointWriter:
             if committed:
                 point_latest(self._storage, self._root, flight.step, self._run_id)
                 self._rotation.remove_old(flight.step)
-            # a full disk stays full if what failed stays
-            discard(self._storage, flight.folder)
-            discard(self._storage, flight.folder.with_name(flight.folder.name + "-replaced"))
+            # a full disk stays full if what failed stays, of this save or of one before
+            for path in left_overs(self._root):
+                if path.name.endswith(REMOVED) or self._ours.fullmatch(path.name):
+                    discard(self._storage, path)
 
         self._sweeper = _Job(work, self._background)
 

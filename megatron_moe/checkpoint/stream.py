@@ -6,6 +6,7 @@ the same files, with the same manifest and the same commit.
 
 import hashlib
 import importlib.metadata
+import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ import xxhash
 from megatron_moe.checkpoint.commit import assemble, commit
 from megatron_moe.checkpoint.manifest import Manifest, StoredFile
 from megatron_moe.checkpoint.reshard import Rectangle
-from megatron_moe.checkpoint.rotate import discard, point_latest, step_folder, stored_steps
+from megatron_moe.checkpoint.rotate import discard, left_overs, point_latest, step_folder, stored_steps
 from megatron_moe.checkpoint.snapshot import HostBlock
 from megatron_moe.checkpoint.storage import Storage, append, describe_failure, make_dirs, write_file
 from megatron_moe.checkpoint.tensor_file import DTYPE_NAMES, DTYPES, Bytes, header_bytes
@@ -150,6 +151,12 @@ class StreamedCheckpoint:
             file.close()
 
 
+def _next_attempt(before: Sequence[Path]) -> int:
+    """The first number that no folder before ends with."""
+    known = {path.name.rpartition("-")[2] for path in before}
+    return next(number for number in itertools.count(1) if str(number) not in known)
+
+
 @contextmanager
 def streamed_checkpoint(
     root: Path, step: int, run_id: str, *, mark: str, need: int, flag: str, storage: Storage | None = None
@@ -167,9 +174,16 @@ def streamed_checkpoint(
     made = None
     try:
         make_dirs(storage, root)
+        # one that was killed left its folder; another may be at work in it
+        before = [path for path in left_overs(root) if path.name.startswith(folder.name)]
+        folder = folder.with_name(f"{folder.name}-{_next_attempt(before)}")
         storage.make_dir(folder)
         made = StreamedCheckpoint(storage, folder, run_id, step)
         yield made
+        if os.path.lexists(final):
+            # the step is there: nobody needs what they left
+            for path in before:
+                discard(storage, path)
     except OSError as error:
         raise StorageError(describe_failure(error, folder, need)) from error
     finally:

@@ -6,6 +6,8 @@ known beforehand, so the shards are planned first and each tensor is then writte
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import json
 import logging
 import os
@@ -150,13 +152,16 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 def new_folder(target: Path) -> Iterator[Path]:
     """A directory to fill, which becomes `target` at the end and vanishes after any error.
 
+    Locked meanwhile: what a killed writer left of the same target is removed, what another is filling is not.
     ConfigError if target exists; StorageError if the disk is full or cannot be written.
     """
     if target.exists() or target.is_symlink():
         raise ConfigError(f"--output {target} exists already and is not overwritten; remove it, or give another name.")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{target.name}.tmp-", dir=target.parent))
+        _sweep(target)
+        work = Path(tempfile.mkdtemp(prefix=_work_prefix(target), dir=target.parent))
+        lock = _lock(work)
     except OSError as error:
         raise StorageError(f"cannot write to {target.parent} ({error}); check the path and its rights.") from error
     try:
@@ -168,6 +173,35 @@ def new_folder(target: Path) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _work_prefix(target: Path) -> str:
+    return f".{target.name}.tmp-"
+
+
+def _sweep(target: Path) -> None:
+    """Remove what killed writers left: the lock of a process ends with it."""
+    for left in target.parent.glob(f"{glob.escape(_work_prefix(target))}*"):
+        lock = _lock(left)
+        if lock is not None:
+            shutil.rmtree(left, ignore_errors=True)
+            os.close(lock)
+
+
+def _lock(folder: Path) -> int | None:
+    """A handle that holds the folder until it is closed; None while another holds it, or where nothing can be held."""
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        return None
+    return handle
 
 
 def _publish(work: Path, target: Path) -> None:

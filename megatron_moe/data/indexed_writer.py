@@ -1,8 +1,8 @@
 """Writes `.bin/.idx` pairs, byte for byte as Megatron does, so that a reader sees a whole pair or none.
 
-Both files grow as `<name>.partial` beside their place and are renamed when complete, .idx after .bin, and their hashes
-last (data/hashes.py). The partial file is locked while its writer lives: what a killed writer left behind is taken
-over, never published.
+Both files grow as `<name>.partial` beside their place and are renamed when complete: .bin, then their hashes
+(data/hashes.py), then .idx, with which the pair is there. The partial file is locked while its writer lives: what a
+killed writer left behind is taken over, never published.
 """
 
 from __future__ import annotations
@@ -46,6 +46,8 @@ class IndexedDatasetWriter:
         self.num_sequences = self.num_documents = self.num_tokens = 0
         self._partial_paths = [Path(f"{path}.partial") for path in (bin_path(prefix), idx_path(prefix))]
         self._blocks = BlockHasher()
+        # killed between its two renames, a writer leaves the one without the other: no pair, and nobody's
+        self._half_published = self._partial_paths[1].exists() and not idx_path(prefix).exists()
         self._refuse_existing()
         self._bin = _open_partial(self._partial_paths[0])
 
@@ -97,10 +99,10 @@ class IndexedDatasetWriter:
             idx_path(self.prefix).unlink(missing_ok=True)
             sync_folder(bin_path(self.prefix).parent)
             os.replace(self._partial_paths[0], bin_path(self.prefix))
+            # before the index, with which the pair can be seen: no pair without its hashes
+            write_whole(hashes_path(self.prefix), hashes.to_bytes())
             os.replace(self._partial_paths[1], idx_path(self.prefix))
             sync_folder(bin_path(self.prefix).parent)
-            # a crash before this leaves a whole pair without hashes
-            write_whole(hashes_path(self.prefix), hashes.to_bytes())
         self._bin.close()
 
     def abandon(self) -> None:
@@ -164,7 +166,8 @@ class IndexedDatasetWriter:
             index.write(boundaries.astype("<i8", copy=False).data)
 
     def _refuse_existing(self) -> None:
-        existing = [str(path) for path in (bin_path(self.prefix), idx_path(self.prefix)) if os.path.exists(path)]
+        pair = [idx_path(self.prefix)] if self._half_published else [bin_path(self.prefix), idx_path(self.prefix)]
+        existing = [str(path) for path in pair if os.path.exists(path)]
         if existing and not self._overwrite:
             raise ConfigError(
                 f"{' and '.join(existing)} already there; nothing is overwritten. Choose another --output-prefix, "

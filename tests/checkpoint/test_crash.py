@@ -156,7 +156,7 @@ def test_a_failed_save_is_logged_and_later_saves_work(tmp_path: Path, caplog: py
     assert newest(tmp_path).step == 3
 
 
-@pytest.mark.parametrize("part", ["model-", "optim-", "state", "data"])
+@pytest.mark.parametrize("part", ["model-", "optim-", "state", "data", "MANIFEST"])
 def test_a_file_that_storage_cut_short_is_not_committed(tmp_path: Path, part: str) -> None:
     save_sample(tmp_path, 1)
     writer = CheckpointWriter(tmp_path, ALONE, None, "run", storage=ShortStorage(part), background=False)

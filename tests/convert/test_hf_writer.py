@@ -95,3 +95,15 @@ def test_even_a_broken_link_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "hf").symlink_to(tmp_path / "nowhere")
     with pytest.raises(ConfigError, match="exists already"), new_folder(tmp_path / "hf"):
         pass
+
+
+def test_what_a_killed_writer_left_goes_and_what_another_fills_stays(tmp_path: Path) -> None:
+    left, others = tmp_path / ".hf.tmp-left", tmp_path / ".hf2.tmp-left"
+    for folder in (left, others):
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"half")
+    with new_folder(tmp_path / "hf") as first:
+        assert not left.exists()
+        with new_folder(tmp_path / "hf") as second:
+            assert first.is_dir() and second != first
+    assert (tmp_path / "hf").is_dir() and others.is_dir()

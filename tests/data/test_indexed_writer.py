@@ -155,3 +155,14 @@ def test_merging_keeps_the_tokenizer_that_all_share_and_refuses_two(tmp_path: Pa
     with pytest.raises(ConfigError, match="/a was made with a tokenizer of fingerprint x, .*/other with y"):
         merge([prefixes["b"], prefixes["a"], prefixes["other"]][1:], str(tmp_path / "two"))
     assert not list(tmp_path.glob("two*"))
+
+
+def test_a_pair_that_was_published_by_half_is_taken_over_and_a_foreign_file_is_not(tmp_path: Path) -> None:
+    write(tmp_path / "corpus", [[1]])
+    (tmp_path / "corpus.idx").unlink()
+    with pytest.raises(ConfigError, match="already there"):
+        write(tmp_path / "corpus", [[2]])
+    (tmp_path / "corpus.idx.partial").touch()  # as of a writer that was killed between its two renames
+    write(tmp_path / "corpus", [[2]])
+    assert IndexedDataset(tmp_path / "corpus").sequence(0).tolist() == [2]
+    assert files(tmp_path) == WHOLE

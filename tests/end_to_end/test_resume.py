@@ -13,7 +13,8 @@ from ranks import run_on_ranks
 
 from megatron_moe.config.errors import PeerError
 from megatron_moe.config.run import RunConfig
-from tests.end_to_end.tiny_job import GLOBAL_BATCH, Kill, Step, attempt, job, read_steps, write_corpus
+from tests.end_to_end.tiny_job import GLOBAL_BATCH, Step, attempt, job, read_steps, write_corpus
+from tests.faults.plan import Fault, FaultPlan
 
 STEPS, INTERVAL = 12, 2
 TP, PP, EP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size"
@@ -28,7 +29,7 @@ ROUTERS: dict[bool, dict[str, Any]] = {
     True: {"router_type": "gshard"},
     False: {"router_type": "deepseek_v3", "aux_loss_coeff": 0.0},
 }
-PLACES = ("start", "gradients", "update", "saving")
+PLACES = ("step.begin", "step.reduced", "step.updated")
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +37,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_corpus(tmp_path_factory.mktemp("corpus") / "tokens")
 
 
-def run(config: RunConfig, world_size: int, notes: Path, number: int = 0, kill: Kill | None = None) -> None:
+def run(config: RunConfig, world_size: int, notes: Path, number: int = 0, kill: Fault | None = None) -> None:
     notes.mkdir(exist_ok=True)
-    arguments = (config.to_json(), str(notes), number, kill)
+    arguments = (config.to_json(), str(notes), number, FaultPlan((kill,)) if kill else None)
     if kill is None:
         assert run_on_ranks(world_size, attempt, *arguments) == [0] * world_size
         return
@@ -46,17 +47,18 @@ def run(config: RunConfig, world_size: int, notes: Path, number: int = 0, kill: 
         run_on_ranks(world_size, attempt, *arguments)
 
 
-def plan(seed: str, world_size: int, background: bool) -> list[Kill]:
+def plan(seed: str, world_size: int, background: bool) -> list[Fault]:
     """Three kills, further and further into the run, one of them while a checkpoint is being written."""
     chosen = random.Random(seed)
     steps = sorted(chosen.sample(range(2, STEPS), 3))
-    places = ["saving", *chosen.sample(PLACES[:3], 2)]
+    places = ["storage.write", *chosen.sample(PLACES, 2)]
     chosen.shuffle(places)
     kills = []
     for step, place in zip(steps, places, strict=True):
-        rank = chosen.randrange(world_size)
+        saving = place == "storage.write"
         # rank 0 also writes the small files; a later write is one of those
-        kills.append(Kill(rank, step, place, nth_write=chosen.randint(1, 2 if background else 3)))
+        nth = chosen.randint(1, 2 if background else 3) if saving else 1
+        kills.append(Fault(place, "kill", chosen.randrange(world_size), step, onward=saving, nth=nth))
     return kills
 
 
@@ -79,7 +81,7 @@ def test_a_killed_run_ends_as_one_that_was_not(layout: str, background: bool, co
 
     steps = read_steps(tmp_path / "broken notes", world_size)
     for step in steps:
-        assert replace(step, attempt=0) == expected[step.step], f"attempt {step.attempt} of {kills}"
+        assert replace(step, attempt=0) == expected[step.step], f"attempt {step.attempt} of {[*map(str, kills)]}"
     firsts = first_steps(steps)
     assert firsts[0] == 1 and steps[-1].step == STEPS
     last = steps[-1].attempt

@@ -1,4 +1,4 @@
-"""A tiny job on a corpus of random tokens, watched step by step, that can be killed anywhere.
+"""A tiny job on a corpus of random tokens, watched step by step, in which faults strike anywhere.
 
 Every rank writes down, for every step it finished, the samples it read and one hash of all that it would carry into
 the next step. The notes are on the disk at once, so they survive SIGKILL.
@@ -6,23 +6,23 @@ the next step. The notes are on the disk at once, so they survive SIGKILL.
 
 import hashlib
 import json
-import os
-import signal
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from megatron_moe.checkpoint.storage import Storage
 from megatron_moe.config.run import RunConfig
 from megatron_moe.data.batch import Batch
 from megatron_moe.data.indexed_writer import IndexedDatasetWriter
 from megatron_moe.parallel.state import ParallelState
 from megatron_moe.training.engine import StepResult, grid_of
 from megatron_moe.training.trainer import Trainer
+from tests.faults.inject import Faults, attach
+from tests.faults.plan import FaultPlan
 
 VOCAB, LENGTH, GLOBAL_BATCH = 61, 8, 4
 CPU = torch.device("cpu")
@@ -72,16 +72,6 @@ def job(corpus: Path, **changes: Mapping[str, Any]) -> RunConfig:
 
 
 @dataclass(frozen=True)
-class Kill:
-    """SIGKILL to one rank, at a step of the run counted from 1, at one of the places below."""
-
-    rank: int
-    step: int
-    place: str  # "start" | "gradients" | "update" | "saving": the first write of a file after this step
-    nth_write: int = 1
-
-
-@dataclass(frozen=True)
 class Note:
     """What one rank writes down about one finished step."""
 
@@ -91,29 +81,47 @@ class Note:
     consumed: int
     loss: float
     state: str  # SHA-256
+    at: float = 0.0  # seconds, on the clock of this machine
 
 
-def attempt(rank: int, world_size: int, text: str, notes: str, number: int, kill: Kill | None) -> int:
-    """One start of the job on one rank; returns its exit code, unless it is killed."""
+def attempt(
+    rank: int,
+    world_size: int,
+    text: str,
+    notes: str,
+    number: int,
+    plan: FaultPlan | None,
+    inbox: Path | None = None,
+    pace_s: float = 0.0,
+) -> int:
+    """One start of the job on one rank; returns its exit code, unless a fault ends it.
+
+    inbox: see Faults.  pace_s: idle after each step.
+    """
     config = RunConfig.from_json(text)
     state = ParallelState.alone() if world_size == 1 else ParallelState.distributed(grid_of(config, world_size))
+    faults = Faults(plan or FaultPlan(), rank, inbox)
+    faults.reach("startup.begin")
     trainer = Trainer(config, state, CPU)
-    if kill is not None and kill.rank == rank:
-        _arm(trainer, kill)
+    if plan is not None or inbox is not None:
+        attach(trainer, faults)
+    faults.reach("startup.built")
     with (Path(notes) / f"rank{rank}.jsonl").open("ab", buffering=0) as file:
-        _watch(trainer, file.write, number)
+        watch(trainer, file.write, number, pace_s)
         return trainer.run()
 
 
-def _watch(trainer: Trainer, write: Any, number: int) -> None:
+def watch(trainer: Trainer, write: Callable[[bytes], Any], number: int, pace_s: float = 0.0) -> None:
+    """Let a trainer tell of every step of attempt `number`: one line of JSON, a Note."""
     train = trainer.engine.train_step
 
     def watched(step: int, batches: Sequence[Batch], last_checkpoint: str | None = None) -> StepResult:
         result = train(step, batches, last_checkpoint)
         samples = [int(sample) for batch in batches for sample in batch.sample_ids]
         consumed = trainer.loader.state_dict()["consumed_samples"]
-        note = Note(number, step + 1, samples, consumed, result.metrics.loss, state_hash(trainer))
+        note = Note(number, step + 1, samples, consumed, result.metrics.loss, state_hash(trainer), time.monotonic())
         write(json.dumps(asdict(note)).encode() + b"\n")
+        time.sleep(pace_s)
         return result
 
     trainer.engine.train_step = watched  # type: ignore[method-assign]
@@ -134,52 +142,6 @@ def state_hash(trainer: Trainer) -> str:
     return digest.hexdigest()
 
 
-def _die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-class _DeadlyStorage(Storage):
-    """A disk whose user is killed in the middle of writing a file."""
-
-    def __init__(self, nth_write: int) -> None:
-        self.nth_write: int = nth_write
-        self.armed = False
-
-    def write(self, file: int, data: memoryview) -> int:
-        if self.armed:
-            self.nth_write -= 1
-            if self.nth_write <= 0:
-                super().write(file, data[: len(data) // 2])
-                _die()
-        return super().write(file, data)
-
-
-def _arm(trainer: Trainer, kill: Kill) -> None:
-    train, update = trainer.engine.train_step, trainer.engine.optimizer.step
-    storage = _DeadlyStorage(kill.nth_write)
-    if kill.place == "saving":
-        assert trainer.writer is not None
-        trainer.writer._storage = storage
-
-    def trained(step: int, batches: Sequence[Batch], last_checkpoint: str | None = None) -> StepResult:
-        here = step + 1 == kill.step
-        if here and kill.place == "start":
-            _die()
-        storage.armed = step + 1 >= kill.step
-        return train(step, batches, last_checkpoint)
-
-    def updated(lr: float) -> None:
-        here = trainer.step + 1 == kill.step
-        if here and kill.place == "gradients":
-            _die()
-        update(lr)
-        if here and kill.place == "update":
-            _die()
-
-    trainer.engine.train_step = trained  # type: ignore[method-assign]
-    trainer.engine.optimizer.step = updated  # type: ignore[method-assign]
-
-
 @dataclass(frozen=True)
 class Step:
     """One finished step of one attempt, over all ranks."""
@@ -190,6 +152,7 @@ class Step:
     consumed: int
     loss: float
     state: str  # SHA-256 over the ranks' hashes
+    at: float = field(default=0.0, compare=False)  # seconds: when the last rank had done it
 
 
 def read_steps(notes: Path, world_size: int) -> list[Step]:
@@ -205,5 +168,5 @@ def read_steps(notes: Path, world_size: int) -> list[Step]:
         assert len({(note.consumed, note.loss) for note in told}) == 1, "all ranks know the same"
         samples = sorted({sample for note in told for sample in note.samples})
         state = hashlib.sha256("".join(note.state for note in told).encode()).hexdigest()
-        steps.append(Step(*key, samples, told[0].consumed, told[0].loss, state))
+        steps.append(Step(*key, samples, told[0].consumed, told[0].loss, state, max(note.at for note in told)))
     return steps
