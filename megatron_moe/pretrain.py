@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from megatron_moe.config.errors import ConfigError, MegatronMoEError, PeerError
+from megatron_moe.config.fallback import fit_world
 from megatron_moe.config.run import RunConfig
-from megatron_moe.config.world import check_world
 from megatron_moe.parallel.launch import Place, find_place, join, leave, pick_device
 from megatron_moe.parallel.peers import as_peer_error
 from megatron_moe.parallel.state import ParallelState
@@ -29,8 +29,7 @@ def main(argv: Sequence[str]) -> int:
     """Runs one rank; returns its exit code (0 finished, 75 preempted, and those of config/errors.py)."""
     try:
         place = find_place(os.environ)
-        config = RunConfig.load(argv)
-        check_world(config, place.world_size)
+        config = fit_world(RunConfig.load(argv), place.world_size)
         notes = validate(config)
     except MegatronMoEError as error:
         # the ranks have not met: each machine may see something else
