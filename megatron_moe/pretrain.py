@@ -13,6 +13,7 @@ from megatron_moe.config.fallback import fit_world
 from megatron_moe.config.run import RunConfig
 from megatron_moe.parallel.launch import Place, find_place, join, leave, pick_device
 from megatron_moe.parallel.peers import as_peer_error
+from megatron_moe.parallel.summary import note_for_torchrun
 from megatron_moe.parallel.state import ParallelState
 from megatron_moe.training.console import setup_logging
 from megatron_moe.training.engine import grid_of
@@ -74,7 +75,8 @@ def _train(config: RunConfig, place: Place, device: torch.device, notes: Sequenc
 
 
 def _tell(error: MegatronMoEError, speaks: bool) -> int:
-    """One paragraph on stderr, from a rank that speaks for those that found the same."""
+    """One paragraph on stderr, from a rank that speaks for those that found the same; torchrun hears it from each."""
+    note_for_torchrun(str(error), os.environ)
     if speaks:
         print(f"megatron_moe: {error}", file=sys.stderr, flush=True)
     return error.exit_code
