@@ -13,8 +13,8 @@ from megatron_moe.config.fallback import fit_world
 from megatron_moe.config.run import RunConfig
 from megatron_moe.parallel.launch import Place, find_place, join, leave, pick_device
 from megatron_moe.parallel.peers import as_peer_error
-from megatron_moe.parallel.summary import note_for_torchrun
 from megatron_moe.parallel.state import ParallelState
+from megatron_moe.parallel.summary import note_for_torchrun
 from megatron_moe.training.console import setup_logging
 from megatron_moe.training.engine import grid_of
 from megatron_moe.training.together import together

@@ -30,7 +30,7 @@ def found_in(folder: Path, said: str, secret: str) -> list[str]:
     return found + ["the output"] * (secret in said)
 
 
-@pytest.mark.goal("R39", ci=35, nightly=35, what="five secrets in the environment, seven ends of a run: in no file, no output")
+@pytest.mark.goal("R39", ci=35, nightly=35, what="5 secrets in the environment, 7 ends of a run: nowhere written")
 def test_no_secret_leaves_the_environment(
     tmp_path: Path, trials: Trials, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

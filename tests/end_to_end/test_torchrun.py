@@ -68,7 +68,7 @@ def contents(reader: CheckpointReader) -> tuple[dict[str, bytes], dict[str, Any]
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.goal("R23", ci=1, nightly=50, what="torchrun --max-restarts, one of its ranks killed: the same final state")
+@pytest.mark.goal("R23", ci=1, nightly=50, what="torchrun --max-restarts, a rank killed: the same final state")
 def test_torchrun_starts_a_killed_rank_again_and_the_job_ends_the_same(
     undisturbed: Path, tmp_path: Path, trials: Trials
 ) -> None:
@@ -105,7 +105,7 @@ def agent(port: str, *arguments: str) -> "subprocess.Popen[str]":
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.goal(
-    "R12", ci=1, nightly=5, what="one of two elastic agents killed: the other goes on in a fallback layout, same samples"
+    "R12", ci=1, nightly=5, what="one of 2 elastic agents killed: the other goes on in a fallback layout"
 )
 def test_a_lost_node_leaves_a_job_in_another_layout_with_the_same_samples(tmp_path: Path, trials: Trials) -> None:
     write_corpus(tmp_path / "tokens")

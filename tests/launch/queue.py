@@ -94,7 +94,7 @@ class Queue:
     def submit(self, script: Path, *arguments: str, disturb: Callable[[Start], bool]) -> None:
         """Runs the script until it ends without coming back.
 
-        disturb: called at each start, may signal it; True if it was SLURM that preempted, which then requeues by itself.
+        disturb: called at each start, may signal it; True if SLURM preempted it, which then requeues it.
         """
         again = True
         with (self.folder / "job.log").open("ab") as log:  # --open-mode=append

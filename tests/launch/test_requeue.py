@@ -95,7 +95,7 @@ class Trouble:
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
-@pytest.mark.goal("R25", ci=20, nightly=200, what="a SLURM job of 2 ranks preempted: one log, each step once, same losses")
+@pytest.mark.goal("R25", ci=20, nightly=200, what="a SLURM job preempted: one log, each step once, same losses")
 def test_a_job_that_is_preempted_over_and_over_has_one_continuous_log(tmp_path: Path, trials: Trials) -> None:
     write_corpus(tmp_path / "tokens")
     folder = tmp_path / "job"
@@ -103,7 +103,8 @@ def test_a_job_that_is_preempted_over_and_over_has_one_continuous_log(tmp_path: 
     recipe = write_recipe(folder, tiny(folder))
     trouble, queue = Trouble(trials, folder / "log"), Queue(folder, RANKS)
     with warm_ranks(folder) as python:
-        queue.submit(SCRIPT, "--python", str(python), "--max-restarts", "1000", "--config", str(recipe), disturb=trouble)
+        options = ("--python", str(python), "--max-restarts", "1000")
+        queue.submit(SCRIPT, *options, "--config", str(recipe), disturb=trouble)
     said = (folder / "job.log").read_text()
     expected = {"time is up": {75}, "preempted": {75}, "cancelled": {75}, "a rank is killed": {86, 137}}
     for kind, code in zip(trouble.kinds, queue.codes, strict=True):
