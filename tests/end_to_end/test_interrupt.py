@@ -35,6 +35,7 @@ def survivors(mark: str) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("command", "code"), [(SCRIPT, 75), (TORCHRUN, 1), (WRAPPED, 3)], ids=["script", "torchrun", "wrapped"]
 )
@@ -56,10 +57,10 @@ def test_ctrl_c_leaves_a_checkpoint_and_no_process(command: Sequence[str], code:
         text=True,
         start_new_session=True,
     )
-    wait_until(lambda: len(steps_in(tmp_path / "log")) >= 2, process)
+    wait_until(lambda: len(steps_in(tmp_path / "log")) >= 2, process, 300)
     assert survivors(mark)
     os.killpg(process.pid, signal.SIGINT)
-    out, said = process.communicate(timeout=60)
+    out, said = process.communicate(timeout=300)
     assert whole_checkpoint(tmp_path / "saved").step == steps_in(tmp_path / "log")[-1], said
     assert "stopped by a signal" in out, out
     # what was told to end may take a moment to
