@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 
 from megatron_moe.config.errors import ConfigError, MegatronMoEError, PeerError
+from megatron_moe.config.fallback import fit_world
 from megatron_moe.config.run import RunConfig
-from megatron_moe.config.world import check_world
 from megatron_moe.parallel.launch import Place, find_place, join, leave, pick_device
 from megatron_moe.parallel.peers import as_peer_error
 from megatron_moe.parallel.state import ParallelState
+from megatron_moe.parallel.summary import note_for_torchrun
 from megatron_moe.training.console import setup_logging
 from megatron_moe.training.engine import grid_of
 from megatron_moe.training.together import together
@@ -31,8 +32,7 @@ def main(argv: Sequence[str]) -> int:
     """Runs one rank; returns its exit code (0 finished, 75 preempted, and those of config/errors.py)."""
     try:
         place = find_place(os.environ)
-        config = RunConfig.load(argv)
-        check_world(config, place.world_size)
+        config = fit_world(RunConfig.load(argv), place.world_size)
         notes = validate(config)
     except MegatronMoEError as error:
         # the ranks have not met: each machine may see something else
@@ -80,7 +80,8 @@ def _train(config: RunConfig, place: Place, device: torch.device, notes: Sequenc
 
 
 def _tell(error: MegatronMoEError, speaks: bool) -> int:
-    """One paragraph on stderr, from a rank that speaks for those that found the same."""
+    """One paragraph on stderr, from a rank that speaks for those that found the same; torchrun hears it from each."""
+    note_for_torchrun(str(error), os.environ)
     if speaks:
         print(f"megatron_moe: {error}", file=sys.stderr, flush=True)
     return error.exit_code

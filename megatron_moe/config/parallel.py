@@ -43,6 +43,11 @@ class ParallelConfig:
         flag="--moe-expert-rank-capacity-factor",
         at_least=1,
     )
+    fallback_layouts: tuple[str, ...] = option(
+        (),
+        "layouts for a job that comes back on fewer ranks, best first, such as tp=2,ep=4 ep=2 (of tp, pp, cp, ep, etp; "
+        "those not named are 1): the first that fits is used where the given one does not; none given = end with 2",
+    )
     sequence_parallel: bool | None = option(
         None, "keep the hidden state split over tp along the sequence; none = whenever tp > 1"
     )

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 from megatron_moe.config.errors import ConfigError
+from megatron_moe.config.fallback import check_fallbacks
 from megatron_moe.config.flags import parse_flags
 from megatron_moe.config.no_effect import refuse_no_effect
 from megatron_moe.config.options import REQUIRED, settings_of
@@ -21,7 +22,7 @@ from megatron_moe.config.values import written
 class RunConfig(Sections):
     """What a run is. Made by `load`, `from_dict` or `from_json`; every relation between sections holds.
 
-    origins: for each option that is not at its default by silence, "recipe", "flag" or "checkpoint", by its key.
+    origins: for each option not at its default by silence, "recipe", "flag", "checkpoint" or "fallback", by its key.
     """
 
     origins: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
@@ -29,6 +30,7 @@ class RunConfig(Sections):
     def __post_init__(self) -> None:
         check_relations(self)
         refuse_no_effect(self, self.origins)
+        check_fallbacks(self, self.origins)
 
     @classmethod
     def load(cls, argv: Sequence[str], *, prog: str | None = None) -> Self:

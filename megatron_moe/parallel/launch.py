@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import FileStore, HashStore, PrefixStore, Store, TCPStore
+from torch._C._distributed_c10d import FileStore, HashStore, Store, TCPStore
 
 from megatron_moe.config.errors import ConfigError, PeerError
+from megatron_moe.parallel.meeting import meet
 
 
 @dataclass(frozen=True)
@@ -90,9 +91,7 @@ def _store(place: Place, environment: Mapping[str, str], timeout: timedelta) -> 
     # torchrun keeps a store of its own at this address; elsewhere rank 0 opens it
     agent_has_store = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     store = TCPStore(address, port, place.world_size, place.rank == 0 and not agent_has_store, timeout)
-    # after a restart the old attempt's addresses are still in the store: each attempt reads and writes its own
-    attempt = environment.get("TORCHELASTIC_RESTART_COUNT") or environment.get("SLURM_RESTART_COUNT") or "0"
-    return PrefixStore(f"attempt{attempt}", store)
+    return meet(store, place.rank, place.world_size, timeout.total_seconds())
 
 
 def _first_host(environment: Mapping[str, str]) -> str:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from goals import Trials
 
 from megatron_moe.training.restarts import FILE
 from tests.end_to_end.commands import (
@@ -76,3 +77,26 @@ def test_a_crash_loop_ends_with_93_and_preemptions_do_not_count(
     assert fingerprint(tmp_path / "saved").items() > {k: v for k, v in before.items() if k != "latest"}.items()
     assert whole_checkpoint(tmp_path / "saved").step == 4
     assert not (tmp_path / "saved" / FILE).exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.goal("R21", ci=3, nightly=100, what="a job that crashes, with stops in between: 93 at the fourth")
+def test_stops_between_crashes_never_make_it_93(
+    recipe: str, tmp_path: Path, trials: Trials, capsys: pytest.CaptureFixture[str]
+) -> None:
+    crashing = ("--config", recipe, "--lr", "1e38", "--lr-warmup-iters", "0")
+    step = 0
+    for _, rng in trials:
+        step += 3
+        assert call("--config", recipe, "--exit-interval", str(step)) == 0
+        for crash in range(3):
+            for _ in range(rng.randint(0, 3)):
+                (tmp_path / "stop").touch()
+                assert call(*crashing) == 75
+                (tmp_path / "stop").unlink()
+            assert call(*crashing) == 16
+            assert attempts(tmp_path) == {"attempts": crash + 1, "step": step}
+        assert call(*crashing) == 93
+        assert "or raise the number." in capsys.readouterr().err
+        (tmp_path / "saved" / FILE).unlink()

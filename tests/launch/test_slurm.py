@@ -18,7 +18,7 @@ SRUN = """#!/bin/bash
 while [[ $1 == --* ]]; do shift; done
 pids=()
 trap 'again=yes; for pid in "${pids[@]}"; do kill -USR1 -- -$pid; done' USR1
-for rank in 0 1; do SLURM_PROCID=$rank setsid "$@" & pids+=($!); done
+for rank in 0 1; do SLURM_PROCID=$rank SLURMD_NODENAME=node$((rank + 7)) setsid "$@" & pids+=($!); done
 most=0
 for pid in "${pids[@]}"; do
     again=yes
@@ -27,8 +27,15 @@ for pid in "${pids[@]}"; do
 done
 exit $most
 """
+# a job that is put back is ended, its script included; only then can its nodes be changed
 SCONTROL = """#!/bin/bash
-if [[ $1 == show ]]; then for node in {7..99}; do echo "node$node"; done; else echo "$@" >>"$FAKE/requeued"; fi
+case "$1 $2" in
+"show hostnames") printf 'node%d\\n' $NODES ;;
+"show job") echo "JobId=$4 JobName=x ExcNodeList=$EXCLUDED NumNodes=2" ;;
+requeue*) echo "$@" >>"$FAKE/requeued" && kill -TERM $PPID ;;
+update*) [[ -e $FAKE/requeued ]] && echo "${@:2}" >>"$FAKE/requeued" && exit "$UPDATED" ;;
+*) exit 1 ;;
+esac
 """
 # stands in for `python -m megatron_moe.pretrain CODE0 CODE1`: ends with the code for its rank, or waits for USR1
 PYTHON = """#!/bin/bash
@@ -49,6 +56,7 @@ def cluster(tmp_path: Path) -> dict[str, str]:
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
     job = {"SLURM_JOB_ID": "123456", "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_SUBMIT_DIR": str(tmp_path)}
+    job |= {"NODES": " ".join(map(str, range(7, 9))), "EXCLUDED": "(null)", "UPDATED": "0"}
     plain = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "MASTER_"))}
     return {**plain, **job, "FAKE": str(tmp_path), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
 
@@ -92,20 +100,63 @@ def test_ranks_meet_on_the_first_node_and_get_their_arguments(cluster: dict[str,
 @pytest.mark.parametrize(
     ("first", "second", "code", "requeued"),
     [
+        # what all ranks say together, for every exit code there is
         ("0", "0", 0, False),
+        ("2", "2", 2, False),
+        ("17", "17", 17, False),
+        ("64", "64", 64, False),
+        ("65", "65", 65, False),
+        ("74", "74", 74, False),
         ("75", "75", 75, True),
+        ("86", "86", 86, True),
+        ("87", "87", 87, True),
+        ("93", "93", 93, False),
+        ("1", "1", 1, False),  # a mistake in the program
+        # one rank's cause, whatever its peers say of having lost it
         ("86", "0", 86, True),
         ("87", "86", 87, True),
         ("137", "86", 137, True),
-        ("2", "2", 2, False),
-        ("65", "86", 65, False),  # the peer that lost its partner does not hide the broken data
-        ("16", "75", 16, False),
+        ("138", "143", 143, True),
+        ("65", "86", 65, False),
+        ("86", "93", 93, False),
+        ("16", "64", 64, False),
+        ("75", "2", 2, False),
     ],
 )
 def test_the_ranks_exit_codes_decide(
     cluster: dict[str, str], first: str, second: str, code: int, requeued: bool
 ) -> None:
     assert outcome(cluster, first, second) == (code, requeued)
+
+
+def told(cluster: dict[str, str], *arguments: str) -> tuple[int, list[str]]:
+    """Exit code of the job, and what it asked of SLURM."""
+    process = start(cluster, *arguments)
+    process.communicate(timeout=60)
+    requeued = Path(cluster["FAKE"], "requeued")
+    return process.returncode, requeued.read_text().splitlines() if requeued.exists() else []
+
+
+def test_a_suspected_fault_comes_back_on_other_nodes(cluster: dict[str, str]) -> None:
+    assert told(cluster, "86", "16") == (86, ["requeue 123456", "JobId=123456 ExcNodeList=node8"])
+
+
+def test_nodes_that_were_excluded_before_stay_so(cluster: dict[str, str]) -> None:
+    cluster["EXCLUDED"] = "node[1-3],node5"
+    assert told(cluster, "16", "75")[1] == ["requeue 123456", "JobId=123456 ExcNodeList=node[1-3],node5,node7"]
+
+
+def test_the_only_node_is_excluded_but_not_all_of_many(cluster: dict[str, str]) -> None:
+    assert told(cluster, "16", "16") == (16, ["requeue 123456"])
+    Path(cluster["FAKE"], "requeued").unlink()
+    cluster["NODES"] = "7"
+    # the second rank is on node8 for the stand-in
+    assert told(cluster, "16", "0")[1] == ["requeue 123456", "JobId=123456 ExcNodeList=node7"]
+
+
+def test_a_queue_that_will_not_exclude_keeps_the_job(cluster: dict[str, str]) -> None:
+    cluster["UPDATED"] = "1"
+    assert told(cluster, "16", "0") == (16, ["requeue 123456", "JobId=123456 ExcNodeList=node7"])
 
 
 def test_the_queues_signal_reaches_the_ranks_and_the_job_comes_back(cluster: dict[str, str]) -> None:

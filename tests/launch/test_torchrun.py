@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_moe.launch import verdict
 from tests.house.sources import ROOT
 
 SCRIPT = ROOT / "examples/launch/torchrun.sh"
@@ -24,6 +25,7 @@ def save(number, frame):
     sys.exit(75)
 for number in (signal.SIGTERM, signal.SIGUSR1):
     signal.signal(number, save)
+(folder / f"start{os.environ['TORCHELASTIC_RESTART_COUNT']} of {rank}").touch()
 (folder / f"started{rank}").touch()
 if mode == "fail" and rank == 1:
     sys.exit(16)
@@ -39,10 +41,11 @@ def dry_run(*arguments: str) -> list[str]:
     return shlex.split(answer.stdout)
 
 
-def launch(folder: Path, mode: str) -> subprocess.Popen[str]:
+def launch(folder: Path, mode: str, *options: str) -> subprocess.Popen[str]:
     (folder / "rank.py").write_text(RANK)
     # the command of the dry run, on two ranks of another program
     *command, _, _ = dry_run("--nproc", "2")
+    command += options
     command += [str(folder / "rank.py"), mode, str(folder)]
     return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
 
@@ -87,14 +90,18 @@ def test_a_wrong_number_of_processes_is_refused(nproc: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_reaches_every_rank_and_their_75_comes_back(tmp_path: Path, number: signal.Signals) -> None:
-    process = launch(tmp_path, "sleep")
+@pytest.mark.parametrize(("number", "restarts"), [(signal.SIGTERM, "3"), (signal.SIGUSR1, "0")])
+def test_a_signal_reaches_every_rank_and_their_75_comes_back(
+    tmp_path: Path, number: signal.Signals, restarts: str
+) -> None:
+    process = launch(tmp_path, "sleep", "--max-restarts", restarts)
     wait_for(tmp_path, {"started0", "started1"}, process)
     os.kill(process.pid, number)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 75, said
     assert (tmp_path / "saved0").exists() and (tmp_path / "saved1").exists()
+    # what was asked to stop is not started again
+    assert sorted(path.name for path in tmp_path.glob("start? of ?")) == ["start0 of 0", "start0 of 1"]
 
 
 @pytest.mark.slow
@@ -103,3 +110,20 @@ def test_the_exit_code_is_that_of_the_ranks(tmp_path: Path, mode: str, code: int
     process = launch(tmp_path, mode)
     _, said = process.communicate(timeout=60)
     assert process.returncode == code, said
+
+
+@pytest.mark.parametrize(
+    ("codes", "code"),
+    [
+        ([], 0),
+        ([0, 0], 0),
+        ([75, 75], 75),
+        ([86, 65, 86], 65),  # a victim hides no cause
+        ([86, -9], 86),
+        ([-9, 86], 86),
+        ([-9, 0], 137),
+        ([2, 64], 2),
+    ],
+)
+def test_one_code_speaks_for_all_ranks(codes: list[int], code: int) -> None:
+    assert verdict(codes) == code

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from goals import Trials
 from ranks import run_on_ranks
 
 from megatron_moe.checkpoint.storage import Storage
@@ -121,6 +122,40 @@ def test_a_broken_file_is_as_none(text: str, tmp_path: Path, caplog: pytest.LogC
     fail(tmp_path)
     assert kept(tmp_path) == {"attempts": 1, "step": 4}
     assert f"cannot read {tmp_path / FILE}" in caplog.text
+
+
+class Hasty(Storage):
+    """A disk that nobody waits for: no power is cut here."""
+
+    def fsync(self, file: int) -> None:
+        pass
+
+    def sync_dir(self, path: Path) -> None:
+        pass
+
+
+@pytest.mark.goal("R21", ci=300, nightly=20000, what="crashes, stops and progress: 93 after 3 crashes, else never")
+def test_only_crashes_in_a_row_without_progress_are_refused(tmp_path: Path, trials: Trials) -> None:
+    for number, rng in trials:
+        folder, step, crashes = tmp_path / f"run{number}", 0, 0
+        for _ in range(30):
+            attempt = restarts(folder, storage=Hasty())
+            if crashes == 3:
+                with pytest.raises(NoProgressError):
+                    attempt.refuse(WORLD, CPU)
+                break
+            attempt.refuse(WORLD, CPU)
+            how = rng.choice(["crash", "crash early", "save and crash", "stop", "stop before the first step"])
+            if how in ("crash early", "stop before the first step"):
+                continue  # neither trained anything
+            attempt.begin(step)
+            if how == "crash":
+                crashes += 1
+                continue
+            step, crashes = step + rng.randint(1, 5), 0
+            attempt.progressed(step)
+            if how == "stop":
+                attempt.forget()
 
 
 class Full(Storage):
