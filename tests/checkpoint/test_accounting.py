@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from goals import Trials
 
 from megatron_moe.checkpoint.inspection import inspect_checkpoint
 from megatron_moe.checkpoint.names import absent_experts, folded
@@ -156,7 +157,7 @@ CONVERTERS: list[Converter] = [
     shift_a_half,
     forget_that_it_is_the_first_holder,
 ]
-SEEDS = range(3)
+SEEDS = range(5)
 
 
 def told_by_a_load(root: Path, caplog: pytest.LogCaptureFixture) -> str:
@@ -170,19 +171,22 @@ def told_by_a_load(root: Path, caplog: pytest.LogCaptureFixture) -> str:
     return "\n".join(caplog.messages)
 
 
+@pytest.mark.goal("R15", ci=1, nightly=1, what="a converter with a bug: what is lost, doubled or strange is named")
 @pytest.mark.parametrize("convert", CONVERTERS, ids=lambda convert: convert.__name__)
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_broken_converter_is_noticed(
-    convert: Converter, seed: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    trials: Trials, convert: Converter, seed: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     rng = random.Random(f"{convert.__name__} {seed}")
     try:
         save_moe(tmp_path, convert(moe_blocks(), rng))
     except CheckpointError as error:
         assert "tensor" in str(error)
+        trials.add(1)
         return
     told = told_by_a_load(tmp_path, caplog)
     assert any(word in told for word in ("does not fit this model", "hold the same numbers")), told
+    trials.add(1)
 
 
 def flip_a_bit(folder: Path, other: Path, rng: random.Random) -> None:
@@ -269,11 +273,13 @@ def test_one_error_lists_all_differences(tmp_path: Path) -> None:
     assert "1 in the checkpoint only: layers.0.lora.weight" in told
 
 
+@pytest.mark.goal("R14", ci=1, nightly=1, what="another number of experts: refused, with both numbers")
 @pytest.mark.parametrize("experts", [2, 8])
-def test_another_number_of_experts_is_refused_with_both_numbers(experts: int, tmp_path: Path) -> None:
+def test_another_number_of_experts_is_refused_with_both_numbers(trials: Trials, experts: int, tmp_path: Path) -> None:
     save_moe(tmp_path, moe_blocks())
     with pytest.raises(CheckpointError, match=f"4 in the checkpoint, {experts} in the model"):
         newest(tmp_path).fill_all(moe_blocks(experts=experts), unused="name")
+    trials.add(1)
 
 
 def test_experts_are_never_left_over_even_where_other_tensors_may_be(tmp_path: Path) -> None:

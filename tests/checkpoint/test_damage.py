@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from goals import Trials
 
 from megatron_moe.checkpoint.load import examine, find_checkpoint
 from megatron_moe.checkpoint.manifest import parse_manifest
@@ -35,7 +36,8 @@ def problem(folder: Path, check: Any = "xxh3") -> str:
     return found if isinstance(found, str) else ""
 
 
-def test_every_flipped_bit_is_detected(tmp_path: Path) -> None:
+@pytest.mark.goal("R8", ci=9000, nightly=9000, what="every bit of a checkpoint flipped: found, the file named")
+def test_every_flipped_bit_is_detected(trials: Trials, tmp_path: Path) -> None:
     folder = tiny(tmp_path)
     assert problem(folder) == ""
     for path in sorted(folder.iterdir()):
@@ -48,10 +50,12 @@ def test_every_flipped_bit_is_detected(tmp_path: Path) -> None:
                 told = problem(folder)
                 assert path.name in told, (path.name, bit, told)
                 os.pwrite(file.fileno(), bytes([value]), position)
+                trials.add(1)
     assert problem(folder) == ""
 
 
-def test_every_cut_is_detected(tmp_path: Path) -> None:
+@pytest.mark.goal("R7", ci=1000, nightly=1000, what="every file cut at every byte: found, the file named")
+def test_every_cut_is_detected(trials: Trials, tmp_path: Path) -> None:
     folder = tiny(tmp_path)
     for path in sorted(folder.iterdir()):
         data = path.read_bytes()
@@ -61,6 +65,7 @@ def test_every_cut_is_detected(tmp_path: Path) -> None:
             assert path.name in told, (path.name, length, told)
             if path.name != "MANIFEST.json":
                 assert f"has {length:,} bytes, but {len(data):,} were written" in told
+            trials.add(1)
         path.write_bytes(data + b"\0")
         assert path.name in problem(folder)
         path.unlink()
@@ -80,8 +85,9 @@ def test_sha256_finds_damage_too_and_sizes_alone_do_not(tmp_path: Path) -> None:
     assert problem(folder, "sizes") == ""
 
 
+@pytest.mark.goal("R10", ci=1, nightly=1, what="a file of another step, or of another run: refused")
 @pytest.mark.parametrize("name", ["model-r00000.safetensors", "state.json", "MANIFEST.json"])
-def test_a_file_of_another_step_or_run_is_rejected(tmp_path: Path, name: str) -> None:
+def test_a_file_of_another_step_or_run_is_rejected(trials: Trials, tmp_path: Path, name: str) -> None:
     save_sample(tmp_path / "a", 1)
     save_sample(tmp_path / "a", 2)
     shutil.copy(tmp_path / "a" / "step_00000001" / name, tmp_path / "a" / "step_00000002" / name)
@@ -93,6 +99,7 @@ def test_a_file_of_another_step_or_run_is_rejected(tmp_path: Path, name: str) ->
         shutil.copy(tmp_path / "b" / "step_00000001" / name, tmp_path / "a" / "step_00000001" / name)
         with pytest.raises(NoCheckpointError, match="the header has another hash"):
             newest(tmp_path / "a")
+    trials.add(1)
 
 
 def test_a_renamed_checkpoint_is_rejected(tmp_path: Path) -> None:
@@ -102,9 +109,10 @@ def test_a_renamed_checkpoint_is_rejected(tmp_path: Path) -> None:
         newest(tmp_path)
 
 
+@pytest.mark.goal("R9", ci=1, nightly=1, what="the newest 1, 2, 3 of 4 broken: the next, told once; strict exits 65")
 @pytest.mark.parametrize("broken", [1, 2, 3])
 def test_the_newest_whole_one_is_found_and_one_message_says_why(
-    tmp_path: Path, broken: int, caplog: pytest.LogCaptureFixture
+    trials: Trials, tmp_path: Path, broken: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     for step in (10, 20, 30, 40):
         save_sample(tmp_path, step)
@@ -119,6 +127,7 @@ def test_the_newest_whole_one_is_found_and_one_message_says_why(
     with pytest.raises(CheckpointError) as caught:
         newest(tmp_path, strict=True)
     assert caught.value.exit_code == 65
+    trials.add(1)
 
 
 def test_an_asked_for_step_is_found_or_refused(tmp_path: Path) -> None:
