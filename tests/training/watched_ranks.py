@@ -18,13 +18,14 @@ from torch._C._distributed_c10d import FileStore
 from megatron_moe.parallel.grid import Grid
 from megatron_moe.parallel.peers import as_peer_error
 from megatron_moe.parallel.state import ParallelState
+from megatron_moe.training.console import setup_logging
 from megatron_moe.training.watch.rank import Watch, Watched
 from megatron_moe.training.watch.server import Settings
 from megatron_moe.training.watch.verdict import Limits
 
 CPU = torch.device("cpu")
 FOR_EVER = 3600.0  # seconds
-AWAITED_S = 60.0  # of a busy machine
+AWAITED_S = 20.0  # of a busy machine
 
 Trouble = Callable[[ParallelState], None]
 
@@ -160,6 +161,7 @@ def _rank(rank: int, plan: Plan, folder: Path) -> int:
     os.dup2(descriptor, 2)
     sys.stdout = sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
     torch.set_num_threads(1)
+    setup_logging(rank, None)
     limits = Limits(in_steps=plan.hang_s, elsewhere=AWAITED_S, waiting=None)
     settings = Settings(plan.world_size, limits, plan.straggler_factor, folder)
     with Watched(rank, settings) as watch:

@@ -106,12 +106,12 @@ class Server:
             seen.host, seen.pid = str(message["host"]), int(message["pid"])
         if "stage" in message:
             self._peers[rank] = int(message["stage"])
-        if "beat" in message:
+        # what was decided stands: a stopped rank goes on for its stacks
+        if "beat" in message and not self._guilty:
             names = {field.name for field in fields(Beat)}
             seen.beat = Beat(**{name: value for name, value in message["beat"].items() if name in names})
             seen.stalled_s = float(message["stalled"])
-            if self._stacks_until is None:
-                seen.state = str(message["state"])
+            seen.state = str(message["state"])
             self._compare(seen)
         if "stack" in message:
             seen.stack, seen.state = str(message["stack"]), str(message["state"])

@@ -35,13 +35,14 @@ class Slow:
 
     rank: int
     factor: float  # against the median of its peers
-    own_factor: float  # against its own windows before
+    own_factor: float | None  # against its own windows before it was slow; None: it always was
     windows: int  # in a row
 
     def __str__(self) -> str:
+        before = "as ever" if self.own_factor is None else f"{self.own_factor:.2f} times its own before"
         return (
-            f"{self.factor:.2f} times the own computing time per step of its peers (median), "
-            f"{self.own_factor:.2f} times its own before, for {self.windows * WINDOW} steps"
+            f"{self.factor:.2f} times the computing time per step of its peers (median), {before}, "
+            f"for {self.windows * WINDOW} steps"
         )
 
 
@@ -73,7 +74,6 @@ class Stragglers:
         mine = shares[rank]
         peers = [share for other, share in shares.items() if other != rank and self.peers[other] == self.peers[rank]]
         history = self._history.setdefault(rank, deque(maxlen=HISTORY))
-        before = median(history) if history else mine.own_s
         if not peers or not self._is_slow(mine, peers):
             self._row[rank] = 0
             history.append(mine.own_s)
@@ -83,7 +83,8 @@ class Stragglers:
         if row < 2 or row & (row - 1):
             return None
         usual = median(share.own_s for share in peers)
-        return Slow(rank, mine.own_s / max(usual, 1e-9), mine.own_s / max(before, 1e-9), row)
+        own_factor = mine.own_s / max(median(history), 1e-9) if history else None
+        return Slow(rank, mine.own_s / max(usual, 1e-9), own_factor, row)
 
     def _is_slow(self, mine: Share, peers: list[Share]) -> bool:
         """Nearer to `factor` than to 1, by more than chance and than a millisecond."""

@@ -13,7 +13,9 @@ import resource
 import select
 import signal
 import socket
+import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -210,7 +212,12 @@ def watch(link: Link, pipe: socket.socket) -> None:
         for name in os.listdir("/proc/self/fd"):
             if int(name) not in kept:
                 _close(int(name))
+        # what it was may have been closed just now
+        sys.stderr = open(2, "w", buffering=1, closefd=False)
         Watcher(link, pipe).run()
+    except BaseException:  # nobody else would hear of it; the rank goes on, unwatched
+        traceback.print_exc()
+        sys.stderr.flush()
     finally:
         # nothing of what the fork brought along is to be finished here
         os._exit(0)
