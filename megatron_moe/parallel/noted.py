@@ -101,8 +101,11 @@ class _NotedArrival(Arrival):
         self._notes = notes
 
     def wait(self) -> Tensor:
-        with _Waiting(self._notes):
-            return self._inner.wait()
+        self._notes.waits()
+        began = time.perf_counter()
+        tensor = self._inner.wait()
+        self._notes.arrived(time.perf_counter() - began)
+        return tensor
 
     def is_here(self) -> bool:
         return self._inner.is_here()

@@ -42,8 +42,9 @@ def test_a_hung_rank_is_named_and_all_are_ended(trials: Trials, tmp_path: Path) 
         report = (ranks.folder / "hang.txt").read_text()
         assert report in ranks.said(0), "the report is on the first rank's stderr too"
         first = report.splitlines()[0]
-        assert first.startswith(f"megatron_moe: rank {culprit} (host ") and f"pid {ranks.pids[culprit]})" in first, report
-        assert "hangs: no progress for " in first and "in step 4, section 'data'" in first
+        assert first.startswith(f"megatron_moe: rank {culprit} (host "), report
+        assert f"pid {ranks.pids[culprit]}) hangs" in first, report
+        assert "no progress for " in first and "in step 4, section 'data'" in first
         for rank in range(3):
             assert f"--- rank {rank} (host " in report
             # who holds the interpreter cannot end by itself; one that sleeps in C is woken by the signal for its stack
@@ -60,7 +61,7 @@ def test_a_hung_rank_is_named_and_all_are_ended(trials: Trials, tmp_path: Path) 
     assert statistics.median(took) < 10.0
 
 
-@pytest.mark.goal("R19", ci=200, nightly=20000, what="steps of slow and uneven ranks under a timeout of 60 times a step")
+@pytest.mark.goal("R19", ci=200, nightly=20000, what="steps of uneven ranks under a hang timeout of 6 s: no alarm")
 def test_there_is_no_false_alarm(trials: Trials, tmp_path: Path) -> None:
     plan = Plan(3, 1, at_step=0, num_steps=trials.wanted, slow_s=0.002, hang_s=6.0, straggler_factor=5.0)
     ranks = start(plan, tmp_path / "clean")
@@ -77,4 +78,4 @@ def test_a_rank_that_computes_more_slowly_is_told_of(tmp_path: Path) -> None:
     ranks = start(plan, tmp_path / "slow")
     ranks.await_end([0, 1, 2])
     said = ranks.said(0)
-    assert f"rank 2 (host " in said and "is slow: " in said, said
+    assert "rank 2 (host " in said and "is slow: " in said, said

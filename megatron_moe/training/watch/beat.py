@@ -11,12 +11,10 @@ from megatron_moe.parallel.noted import Notes
 SECTIONS = ("start-up", "loading", "data", "step", "evaluation", "saving", "ending")
 WINDOW = 16  # steps of which the own time is compared between ranks
 
-# progress step started finished waiting section window, own seconds and their spread, axis and kind of a collective
-_WHOLE = struct.Struct("<QqQQQQQdd16s24s")
-_PROGRESS, _WAITING, _SECTION = struct.Struct("<Q"), struct.Struct("<QQ"), struct.Struct("<Q")
-_STARTED = struct.Struct("<Q")
-_NAMES = struct.Struct("<16s24s")
-_FINISHED_AT, _SECTION_AT, _WINDOW_AT, _NAMES_AT = 24, 40, 48, 72
+# four counters; step; section; window, own seconds and their spread; axis and kind of a collective
+_WHOLE = struct.Struct("<QQQQqQQdd16s24s")
+_COUNTERS, _NAMES = struct.Struct("<QQQQ"), struct.Struct("<16s24s")
+_STEP_AT, _SECTION_AT, _WINDOW_AT, _NAMES_AT = 32, 40, 48, 72
 
 
 @dataclass(frozen=True)
@@ -61,40 +59,37 @@ class Record(Notes):
     def look(self) -> Beat:
         """May see a collective half written; the next look sees it whole."""
         *numbers, axis, kind = _WHOLE.unpack_from(self._memory)
-        progress, step, started, finished, waiting, section, window, own, spread = numbers
+        progress, started, finished, waiting, step, section, window, own, spread = numbers
         names = (name.rstrip(b"\0").decode(errors="replace") for name in (axis, kind))
         return Beat(progress, step, started, finished, waiting, SECTIONS[section], window, own, spread, *names)
 
     def _moved(self) -> None:
         self._progress += 1
-        _PROGRESS.pack_into(self._memory, 0, self._progress)
+        _COUNTERS.pack_into(self._memory, 0, self._progress, self._started, self._finished, self._waiting)
 
     def enter(self, section: str) -> None:
         """What it does from now on: one of SECTIONS."""
-        _SECTION.pack_into(self._memory, _SECTION_AT, SECTIONS.index(section))
+        struct.pack_into("<Q", self._memory, _SECTION_AT, SECTIONS.index(section))
         self._moved()
 
     def starts(self, axis: str, kind: str) -> None:
         self._started += 1
-        _STARTED.pack_into(self._memory, 16, self._started)
         _NAMES.pack_into(self._memory, _NAMES_AT, axis.encode(), kind.encode())
         self._moved()
 
     def waits(self) -> None:
         self._waiting += 1
-        _WAITING.pack_into(self._memory, _FINISHED_AT, self._finished, self._waiting)
         self._moved()
 
     def arrived(self, seconds: float) -> None:
         self._waited += seconds
         self._waiting -= 1
         self._finished += 1
-        _WAITING.pack_into(self._memory, _FINISHED_AT, self._finished, self._waiting)
         self._moved()
 
     def at_step(self, step: int) -> None:
         """step: finished ones."""
-        struct.pack_into("<q", self._memory, 8, step)
+        struct.pack_into("<q", self._memory, _STEP_AT, step)
         self._moved()
 
     def step_took(self, seconds: float) -> None:
