@@ -25,7 +25,7 @@ from megatron_moe.training.watch.verdict import Limits
 
 CPU = torch.device("cpu")
 FOR_EVER = 3600.0  # seconds
-AWAITED_S = 20.0  # of a busy machine
+AWAITED_S = 60.0  # of a busy machine
 
 Trouble = Callable[[ParallelState], None]
 
