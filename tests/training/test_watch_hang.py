@@ -22,6 +22,7 @@ TELLING = {
 }
 
 
+@pytest.mark.timeout(3600)
 @pytest.mark.goal(
     "R19",
     ci=14,

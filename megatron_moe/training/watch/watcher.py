@@ -125,6 +125,7 @@ class Watcher:
             if "server" in message:
                 self._join(message)
             if "bye" in message:
+                self._report({"beat": self._last_beat(), "stalled": self._stalled_s, "state": ""})
                 self._report({"bye": message["bye"]} if message["bye"] is not None else {"died": message["why"]})
                 self._over = True
 
