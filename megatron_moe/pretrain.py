@@ -13,7 +13,7 @@ import torch
 from megatron_moe.config.errors import ConfigError, MegatronMoEError, PeerError
 from megatron_moe.config.fallback import fit_world
 from megatron_moe.config.run import RunConfig
-from megatron_moe.parallel.launch import Place, find_place, join, leave, pick_device
+from megatron_moe.parallel.launch import Place, find_place, first_host, join, leave, on_one_machine, pick_device
 from megatron_moe.parallel.peers import as_peer_error
 from megatron_moe.parallel.state import ParallelState
 from megatron_moe.parallel.summary import note_for_torchrun
@@ -22,6 +22,7 @@ from megatron_moe.training.engine import grid_of
 from megatron_moe.training.together import together
 from megatron_moe.training.trainer import Trainer
 from megatron_moe.training.validate import validate
+from megatron_moe.training.watch.rank import Watch, watched
 
 logger = logging.getLogger(__name__)
 
@@ -37,18 +38,25 @@ def main(argv: Sequence[str]) -> int:
     except MegatronMoEError as error:
         # the ranks have not met: each machine may see something else
         return _tell(error, speaks=os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0")
+    # the watcher is forked here: before anything touches a GPU or another rank
+    with watched(config, place, alone=on_one_machine(place, os.environ)) as watch:
+        return watch.ended(_run(config, place, notes, watch))
+
+
+def _run(config: RunConfig, place: Place, notes: Sequence[str], watch: Watch) -> int:
+    """From the first look at the device to the exit code."""
     try:
         device = pick_device(place)
     except ConfigError as error:
         return _tell(error, speaks=True)
     try:
-        return _train(config, place, device, notes)
+        return _train(config, place, device, notes, watch)
     except PeerError as error:
         return _tell(error, speaks=True)
     except MegatronMoEError as error:
         return _tell(error, speaks=place.rank == 0)
     except RuntimeError as error:
-        lost = as_peer_error(error, place.rank)
+        lost = as_peer_error(error, place.rank, watch.cause)
         if lost is None:
             raise
         return _tell(lost, speaks=True)
@@ -59,7 +67,7 @@ def main(argv: Sequence[str]) -> int:
         leave()
 
 
-def _train(config: RunConfig, place: Place, device: torch.device, notes: Sequence[str]) -> int:
+def _train(config: RunConfig, place: Place, device: torch.device, notes: Sequence[str], watch: Watch) -> int:
     parallel = config.parallel
     # what the imports made stays to the end: no collection need look at it again, 0.2 s each time
     gc.freeze()
@@ -69,6 +77,7 @@ def _train(config: RunConfig, place: Place, device: torch.device, notes: Sequenc
         join(place, device, parallel.distributed_backend, parallel.distributed_timeout_minutes, os.environ)
         checks = timedelta(minutes=parallel.distributed_timeout_minutes) if parallel.debug_collectives else None
         state = ParallelState.distributed(grid_of(config, place.world_size), checks=checks)
+        state = watch.meet(state, device, first_host(os.environ))
     log_dir = Path(config.logging.log_dir) if config.logging.log_dir else None
     with together(state.world, device):
         setup_logging(place.rank, log_dir)
@@ -76,7 +85,7 @@ def _train(config: RunConfig, place: Place, device: torch.device, notes: Sequenc
             logger.info("configuration (value, and who set it):\n%s", config.explain())
             for note in notes:
                 logger.warning(note)
-    return Trainer(config, state, device).run()
+    return Trainer(config, state, device, watch).run()
 
 
 def _tell(error: MegatronMoEError, speaks: bool) -> int:

@@ -7,6 +7,7 @@ MegatronMoEError
 ├── NoCheckpointError   64   a checkpoint was required and there is no valid one
 ├── StorageError        74   the disk is full or failing; the last good checkpoint is kept
 ├── PeerError           86   another rank died or a collective failed
+├── HangError           87   the ranks made no progress for too long
 ├── NoProgressError     93   several attempts in a row ended without a newer checkpoint
 ├── NonFiniteError      16   a loss or gradient is NaN or infinite
 └── ReplicaError        16   ranks that must hold the same numbers do not
@@ -72,6 +73,12 @@ class PeerError(MegatronMoEError):
     """Another rank died, or a collective failed."""
 
     exit_code: ClassVar[int] = 86
+
+
+class HangError(MegatronMoEError):
+    """The ranks made no progress for longer than they may: one of them hangs, and the others wait for it."""
+
+    exit_code: ClassVar[int] = 87
 
 
 class NoProgressError(MegatronMoEError):

@@ -158,6 +158,11 @@ RULES = (
         "--num-virtual-stages-per-pipeline-rank",
     ),
     Rule(
+        ("parallel.hang_timeout_outside_steps_s",),
+        lambda run: run.parallel.hang_timeout_s is None,
+        "when hangs are not looked for; leave it out, or give --hang-timeout-s",
+    ),
+    Rule(
         RELATIVE,
         lambda run: run.model.position_embedding_type != "relative",
         "without relative positions; leave it out, or use --position-embedding-type relative",

@@ -145,6 +145,21 @@ class ParallelConfig:
     distributed_timeout_minutes: float = option(
         10.0, "a collective that takes longer ends the run, in minutes", above=0
     )
+    hang_timeout_s: float | None = option(
+        480.0,
+        "a rank that makes no progress for so many seconds while training or evaluating hangs: the run ends with exit "
+        "code 87, the culprit's name and the stacks of all ranks; none = hangs are not looked for, anywhere",
+        above=0,
+    )
+    hang_timeout_outside_steps_s: float = option(
+        1800.0, "the same in seconds at start-up, while loading and while saving", above=0
+    )
+    straggler_factor: float | None = option(
+        1.2,
+        "a rank that computes so many times as long per step as the others of its pipeline stage is named in the log; "
+        "none = slow ranks are not looked for",
+        above=1,
+    )
     debug_collectives: bool = option(
         False,
         "before each collective and message the ranks compare what they are about to do and from which line: a mistake "

@@ -86,7 +86,7 @@ def join(
 def _store(place: Place, environment: Mapping[str, str], timeout: timedelta) -> Store:
     if place.world_size == 1:
         return HashStore()
-    address = environment.get("MASTER_ADDR") or _first_host(environment)
+    address = first_host(environment)
     port = int(environment.get("MASTER_PORT") or _slurm_port(environment))
     # torchrun keeps a store of its own at this address; elsewhere rank 0 opens it
     agent_has_store = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -94,7 +94,10 @@ def _store(place: Place, environment: Mapping[str, str], timeout: timedelta) -> 
     return meet(store, place.rank, place.world_size, timeout.total_seconds())
 
 
-def _first_host(environment: Mapping[str, str]) -> str:
+def first_host(environment: Mapping[str, str]) -> str:
+    """Where rank 0 is, by a name or address that all ranks reach."""
+    if environment.get("MASTER_ADDR"):
+        return environment["MASTER_ADDR"]
     hosts = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_NODELIST") or ""
     if not hosts:
         raise ConfigError(
@@ -105,6 +108,13 @@ def _first_host(environment: Mapping[str, str]) -> str:
     if first is None:
         raise ConfigError(f"SLURM's list of hosts {hosts!r} cannot be read; set MASTER_ADDR to the first host.")
     return first[1] + (first[2] or "")
+
+
+def on_one_machine(place: Place, environment: Mapping[str, str]) -> bool:
+    """Whether all ranks are known to be on this machine."""
+    if place.world_size == 1 or environment.get("LOCAL_WORLD_SIZE") == str(place.world_size):
+        return True
+    return environment.get("MASTER_ADDR", "") in ("localhost", "127.0.0.1", "::1")
 
 
 def _slurm_port(environment: Mapping[str, str]) -> int:

@@ -34,6 +34,7 @@ from megatron_moe.training.resume import check_place_to_save, check_same_data, c
 from megatron_moe.training.signals import StopSignals
 from megatron_moe.training.sinks import Sinks
 from megatron_moe.training.together import together
+from megatron_moe.training.watch.rank import Watch
 
 logger = logging.getLogger(__name__)
 
@@ -44,10 +45,13 @@ PREEMPTED = 75  # asked to stop: by a signal or the kill switch; checkpoint writ
 class Trainer:
     """One run on this rank. Collective: all ranks build and run together."""
 
-    def __init__(self, config: RunConfig, state: ParallelState, device: torch.device) -> None:
+    def __init__(
+        self, config: RunConfig, state: ParallelState, device: torch.device, watch: Watch | None = None
+    ) -> None:
         self.config = config
         self.state = state
         self.device = device
+        self.watch = watch or Watch()
         self._restarts = Restarts(config.checkpoint, state.world)
         self._restarts.refuse(state.world, device)
         with together(state.world, device):
@@ -115,6 +119,7 @@ class Trainer:
         """Train to the end, or until asked to stop; returns the exit code."""
         switch = self.config.training.kill_switch_file
         with StopSignals(kill_switch=Path(switch) if switch else None) as signals:
+            self.watch.enter("loading")
             self.restore()
             self.first_step = self.step
             if self.step < self.config.training.num_steps and signals.agreed(self.state.world, self.device):
@@ -148,7 +153,9 @@ class Trainer:
         started = time.monotonic()
         window = _Window()
         while self.step < num_steps:
+            self.watch.begins(self.step)
             result = self.train_step()
+            self.watch.finished(self.step)
             window.add(result)
             self._log(result, window, sinks)
             self._validate(sinks)
@@ -159,13 +166,16 @@ class Trainer:
                 break
 
     def _finish_saving(self) -> None:
+        self.watch.enter("ending")
         if self.writer is not None:
             self.writer.finish()
             self._restarts.progressed(self.writer.last_step)
 
     def train_step(self) -> StepResult:
         """The next step of the run."""
+        self.watch.enter("data")
         batches = self._next(self.loader)
+        self.watch.enter("step")
         result = self.engine.train_step(self.step, batches, self._last_good)
         self.step += 1
         return result
@@ -217,6 +227,7 @@ class Trainer:
         interval = self.config.training.eval_interval
         if interval is None or (self.step % interval and self.step != self.config.training.num_steps):
             return
+        self.watch.enter("evaluation")
         loss = self.validation_loss()
         logger.info("validation loss at iteration %d | lm loss value: %.6E", self.step, loss)
         sinks.write_validation(self.step, loss, {})
@@ -247,6 +258,7 @@ class Trainer:
         if self.writer is None:
             return
         interval = self.config.checkpoint.save_interval
+        self.watch.enter("saving")
         self.writer.commit_if_ready()
         if last or (interval is not None and self.step % interval == 0):
             self.writer.save(

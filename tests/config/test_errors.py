@@ -16,6 +16,7 @@ from megatron_moe.config import errors
         ("CheckpointError", 65),
         ("StorageError", 74),
         ("PeerError", 86),
+        ("HangError", 87),
         ("NoProgressError", 93),
     ],
 )

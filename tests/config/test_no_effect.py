@@ -225,6 +225,11 @@ CASES: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
         )
         for name in ("overlap_grad_reduce", "overlap_param_gather")
     ],
+    (
+        {"parallel.hang_timeout_outside_steps_s": 60.0, "parallel.hang_timeout_s": None},
+        "when hangs are not looked for; leave it out, or give --hang-timeout-s",
+        {"parallel.hang_timeout_s": 30.0},
+    ),
     ({"training.eval_iters": 5}, "give --eval-interval.", {"training.eval_interval": 10}),
     (
         {"training.eval_interval": 5, "data.split": "1,0,0"},

@@ -177,13 +177,40 @@ def test_a_rank_that_dies_takes_the_others_along_with_86_and_a_line(corpus: Path
     ranks = [start_rank(rank, port, "--config", recipe) for rank in (0, 1)]
     wait_until(lambda: len(steps_in(tmp_path / "log")) >= 2, ranks[0])
     ranks[1].kill()
+    # what it died of can be read until its parent asks
+    ranks[0].wait(timeout=60)
     ranks[1].communicate(timeout=60)
     _, said = ranks[0].communicate(timeout=60)
     assert ranks[0].returncode == 86, said
     lines = [line for line in said.splitlines() if line.startswith("megatron_moe: ")]
     assert len(lines) == 1 and lines[0].startswith("megatron_moe: rank 0 lost another rank: ")
+    assert f"rank 1 (host {os.uname().nodename}, pid {ranks[1].pid}) was killed by SIGKILL, in step " in lines[0]
     assert "[127.0.0.1]" in lines[0]
     assert "Traceback" not in said
+
+
+def test_a_stopped_rank_ends_the_job_with_87_and_a_report(corpus: Path, tmp_path: Path) -> None:
+    recipe = str(write_recipe(tmp_path, long_job(corpus, tmp_path)))
+    process = start(*LAUNCH, "--config", recipe, "--hang-timeout-s", "5")
+    wait_until(lambda: len(steps_in(tmp_path / "log")) >= 2, process)
+    ranks = [child for child in children(process.pid) if b"megatron_moe.pretrain" in command_line(child)]
+    os.kill(ranks[1], signal.SIGSTOP)
+    _, said = process.communicate(timeout=90)
+    assert process.returncode == 87, said
+    report = (tmp_path / "log" / "hang.txt").read_text()
+    assert report in said and "its process is stopped" in report.partition("\n")[0]
+    assert f"pid {ranks[1]}) hangs: no progress for " in report
+    assert "in train_step" in report
+
+
+def test_a_rank_alone_that_hangs_ends_with_87(corpus: Path, tmp_path: Path) -> None:
+    recipe = str(write_recipe(tmp_path, long_job(corpus, tmp_path)))
+    process = start(*PRETRAIN, "--config", recipe, "--hang-timeout-s", "5")
+    wait_until(lambda: len(steps_in(tmp_path / "log")) >= 2, process)
+    os.kill(process.pid, signal.SIGSTOP)
+    _, said = process.communicate(timeout=90)
+    assert process.returncode == 87, said
+    assert "rank 0 (host " in said and "its process was stopped by a signal (state T)" in said
 
 
 def test_the_launcher_says_that_a_rank_was_killed(corpus: Path, tmp_path: Path) -> None:

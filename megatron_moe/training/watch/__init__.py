@@ -1,0 +1,1 @@
+"""Beside each rank a small process: it tells who died, who hangs and who is slow."""

@@ -1,0 +1,50 @@
+"""A rank that dies ends the others soon, and they say who it was and of what."""
+
+import os
+import signal
+import statistics
+import time
+from pathlib import Path
+
+import pytest
+from goals import Trials
+
+from tests.training.watched_ranks import Plan, start
+
+# those of crashes and of the alarm clock are caught by the test runner
+SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGUSR2)
+
+
+@pytest.mark.timeout(3600)
+@pytest.mark.goal(
+    "R18",
+    ci=50,
+    nightly=1000,
+    what="one of 3 ranks dies of a signal while the others wait for it or compute: they end with 86 and name it",
+)
+def test_the_others_end_and_name_rank_host_process_and_signal(trials: Trials, tmp_path: Path) -> None:
+    took = []
+    for number, rng in trials:
+        victim = rng.randrange(3)
+        others = [rank for rank in range(3) if rank != victim]
+        # some notice nothing by themselves
+        computing = frozenset(rank for rank in others if rng.random() < 0.4)
+        ranks = start(Plan(3, at_step=2, computes=computing), tmp_path / str(number))
+        ranks.await_step()
+        killed_by = rng.choice(SIGNALS)
+        os.kill(ranks.pids[victim], killed_by)
+        struck = time.monotonic()
+        ranks.await_end(others)
+        took.append(max(ranks.ended_at.values()) - struck)
+        ranks.await_end([victim])
+        for rank in others:
+            said = ranks.said(rank)
+            assert ranks.codes[rank] == 86, said
+            name = f"rank {rank} lost another rank: rank {victim} (host {os.uname().nodename}, "
+            assert name + f"pid {ranks.pids[victim]}) was killed by {killed_by.name}, in step " in said, said
+            assert "collective number" in said
+        assert ranks.orphans() == []
+    trials.notes["median until all ended (s)"] = round(statistics.median(took), 3)
+    trials.notes["longest (s)"] = round(max(took), 3)
+    # the bar is one second; the machine of the test may be busy
+    assert statistics.median(took) < 5.0
