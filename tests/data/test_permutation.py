@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from goals import Trials
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
@@ -9,10 +10,12 @@ from scipy import stats
 from megatron_moe.data.permutation import Permutation
 
 
+@pytest.mark.goal("R33", ci=1, nightly=1, what="an epoch of any size meets every sample exactly once")
 @pytest.mark.parametrize("size", [*range(1, 70), 255, 256, 257, 1000, 4096, 9999, 65537])
-def test_every_element_is_met_exactly_once(size: int) -> None:
+def test_every_element_is_met_exactly_once(size: int, trials: Trials) -> None:
     order = Permutation(size, key=size * 7919 + 1).apply(np.arange(size))
     assert np.array_equal(np.sort(order), np.arange(size))
+    trials.add(1)
 
 
 @settings(max_examples=50, deadline=None, derandomize=True)
