@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from megatron_moe.certify.tiny_model import GLOBAL_BATCH, STEPS, VOCAB, pairs, samples
+from megatron_moe.config.errors import ReplicaError
 from megatron_moe.config.run import RunConfig
 from megatron_moe.data.sampler import Sampler
 from megatron_moe.parallel.blocks import Block
@@ -152,10 +153,14 @@ def _assemble(parts: Sequence[Pieces]) -> Tensors:
 
 
 def outcome_of(ranks: Sequence[RankOutcome]) -> Outcome:
-    """Put the ranks' parts together; every rank must have found the same figures."""
+    """Put the ranks' parts together. Raises ReplicaError unless every rank found the same figures."""
     first = ranks[0]
-    for other in ranks:
-        assert (other.losses, other.norms, other.aux_losses) == (first.losses, first.norms, first.aux_losses)
+    for number, other in enumerate(ranks):
+        if (other.losses, other.norms, other.aux_losses) != (first.losses, first.norms, first.aux_losses):
+            raise ReplicaError(
+                f"rank {number} found losses {other.losses} and gradient norms {other.norms}, rank 0 {first.losses} "
+                f"and {first.norms}, where all must know the same; run it again: what stays is an error of this code."
+            )
     return Outcome(
         losses=first.losses,
         aux_losses=first.aux_losses,

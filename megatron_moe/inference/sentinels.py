@@ -18,12 +18,19 @@ class Sentinels:
     count: int
 
     def encode(self, text: str) -> list[int]:
-        """A text, closed by the end of a document. DataError for a sentinel that the model does not have."""
+        """A text, closed by the end of a document.
+
+        Raises DataError for a sentinel that the model does not have, or a tokenizer without such an end.
+        """
         pieces = _WORD.split(text)
         ids: list[int] = []
         for place, piece in enumerate(pieces):
             ids += [self._id(int(piece))] if place % 2 else self.tokenizer.encode(piece)
-        assert self.tokenizer.eod_id is not None
+        if self.tokenizer.eod_id is None:
+            raise DataError(
+                "a model that fills gaps reads texts closed by the tokenizer's end of a document, and this tokenizer "
+                "has none; give the one that the model was trained with."
+            )
         return [*ids, self.tokenizer.eod_id]
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -25,7 +25,8 @@ class AllToAllAttention:
         self.cp = cp
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, sight: Sight) -> Tensor:
-        assert not sight.cached, "tokens are decoded without context parallelism"
+        if sight.cached:
+            raise ValueError("tokens are decoded without context parallelism")
         shape = query.shape
         copies = math.lcm(shape[2], self.cp.size) // shape[2]
         split = (*shape[:2], shape[2] * copies, shape[3] // copies, shape[4])

@@ -95,7 +95,8 @@ class RingAttention:
         self.fewest_keys = fewest_keys
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, sight: Sight) -> Tensor:
-        assert not sight.cached, "tokens are decoded without context parallelism"
+        if sight.cached:
+            raise ValueError("tokens are decoded without context parallelism")
         scores_of_a_key = query.numel() // query.shape[-1] // 2
         keys_at_once = max(self.fewest_keys, self.most_scores // scores_of_a_key)
         tiling = Tiling(replace(sight, bias=None), self.cp, keys_at_once)

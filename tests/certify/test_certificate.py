@@ -10,8 +10,8 @@ import pytest
 from megatron_moe.certify.certificate import KINDS, Row, Subject, _config, certify, check_where
 from megatron_moe.certify.layouts import LAYOUTS, PP, Layout
 from megatron_moe.certify.tiny_model import GLOBAL_BATCH
-from megatron_moe.certify.tiny_run import Outcome, Where, worst_difference
-from megatron_moe.config.errors import ConfigError
+from megatron_moe.certify.tiny_run import Outcome, RankOutcome, Where, outcome_of, worst_difference
+from megatron_moe.config.errors import ConfigError, ReplicaError
 from tools.certify import main, moe_fields
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -29,6 +29,13 @@ class ByPlace(TopKRouter):
         shift = (torch.arange(len(tokens))[:, None] + 1) % 2
         return super().forward(tokens.roll(1, dims=0) * shift + tokens, info)
 """
+
+
+def test_ranks_that_disagree_are_told() -> None:
+    found = RankOutcome([2.0], [{}], [1.0], [], [])
+    assert outcome_of([found, found]).losses == [2.0]
+    with pytest.raises(ReplicaError, match=r"rank 1 found losses \[2\.0\] and gradient norms \[1\.5\], rank 0"):
+        outcome_of([found, replace(found, norms=[1.5])])
 
 
 def test_a_router_from_outside_keeps_the_promise_on_two_ranks() -> None:

@@ -1,4 +1,4 @@
-"""What never runs: pickled objects, strings in a shell, code from a model repository."""
+"""What never runs: pickled objects, strings in a shell, code from a model repository; and what always does."""
 
 import ast
 
@@ -67,3 +67,29 @@ def remote_code(source: str) -> list[Finding]:
         if called in {"eval", "exec"}:
             found.append(Finding(call.lineno, f"{called}()"))
     return found
+
+
+def skippable_checks(source: str) -> list[Finding]:
+    """python -O leaves assertions out: they may narrow a type (is not None, isinstance, issubclass), not check."""
+    return [
+        Finding(node.lineno, f"assert {ast.unparse(node.test)}: raise an error instead")
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Assert) and not all(map(_narrows, _terms(node.test)))
+    ] + [
+        Finding(node.lineno, "__debug__")
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Name) and node.id == "__debug__"
+    ]
+
+
+def _terms(test: ast.expr) -> list[ast.expr]:
+    return test.values if isinstance(test, ast.BoolOp) and isinstance(test.op, ast.And) else [test]
+
+
+def _narrows(test: ast.expr) -> bool:
+    if isinstance(test, ast.Call):
+        return ast.unparse(test.func) in {"isinstance", "issubclass"}
+    if not isinstance(test, ast.Compare) or len(test.ops) != 1:
+        return False
+    plain = isinstance(test.left, ast.Name | ast.Attribute)
+    return plain and isinstance(test.ops[0], ast.IsNot) and is_constant(test.comparators[0], None)

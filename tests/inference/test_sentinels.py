@@ -27,6 +27,13 @@ def test_sentinels_count_down_from_the_highest_id() -> None:
         SENTINELS.encode("<extra_id_10>")
 
 
+def test_a_tokenizer_without_an_end_of_a_document_is_refused() -> None:
+    endless = ByteTokenizer()
+    endless.eod_id = None  # type: ignore[assignment]
+    with pytest.raises(DataError, match="this tokenizer has none; give the one"):
+        Sentinels(endless, 10).encode("a")
+
+
 def gap_run() -> RunConfig:
     tables = runs()[0].to_dict()
     tables["model"]["vocab_size"] = None

@@ -36,7 +36,8 @@ class HierarchicalDispatcher(Dispatcher):
 
     def __init__(self, num_experts: int, ep: Axis, etp: Axis, nodes: NodeAxes | None = None) -> None:
         super().__init__(num_experts, ep, etp)
-        assert nodes is not None and nodes.between.size * nodes.inside.size == ep.size
+        if nodes is None or nodes.between.size * nodes.inside.size != ep.size:
+            raise ValueError(f"the axes of nodes do not make up the {ep.size} ranks of ep")
         self.between = nodes.between
         self.inside = OnePerRankDispatcher(num_experts // nodes.between.size, nodes.inside, etp)
 
