@@ -32,6 +32,20 @@ class TrainingConfig:
         None, "end the run, with a checkpoint and exit code 75, after the step in which this file exists on rank 0"
     )
     check_for_nan_in_loss_and_grad: bool = option(True, "stop when a loss or gradient is NaN or infinite")
+    nonfinite_action: str = option(
+        "stop",
+        "what follows a loss, gradient or optimizer state that is NaN or infinite, also when the step is played again; "
+        "stop: exit code 16; skip: the step updates nothing, and its samples count as read",
+        choices=("stop", "skip"),
+    )
+    spike_sigma: float | None = option(
+        None,
+        "skip a step whose loss or gradient norm lies more than so many standard deviations above the mean of the last "
+        "steps; none = learn from every step",
+        above=0,
+    )
+    spike_window: int = option(128, "steps of which --spike-sigma knows mean and deviation", at_least=4)
+    max_skipped_steps: int = option(5, "stop with exit code 16 rather than skip more steps in a row", at_least=1)
     check_replicas_interval: int | None = option(
         None,
         "every so many steps compare, by hashes, all weights, router states and optimizer states that several ranks "
