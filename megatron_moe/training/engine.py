@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from megatron_moe.config.errors import NonFiniteError
 from megatron_moe.config.run import RunConfig
@@ -182,9 +182,16 @@ class Engine:
         played = program if probe is None else Watched(program, probe)
         self._executor.train(schedule[self.state.pp.rank], played)
         self.buckets.reduce()
-        health = self.optimizer.health() if self.config.training.check_for_nan_in_loss_and_grad else None
-        norm = clip_(self.buckets, self.config.optimizer.clip_grad, health)
+        norm = clip_(self.buckets, self.config.optimizer.clip_grad, self._health(program.findings))
         return _Found(self._metrics.reduce(program.findings, counts.result), norm), program.findings
+
+    def _health(self, findings: Findings) -> Tensor | None:
+        """() float64 that travels with the norm: NaN for what neither loss nor gradients tell."""
+        if not self.config.training.check_for_nan_in_loss_and_grad:
+            return None
+        health = self.optimizer.health()
+        # of the copies on the ranks of tp, one is reported
+        return health if findings.loss is None else health + findings.loss.double() * 0.0
 
     def _again(
         self, step: int, batches: Sequence[Batch], first: _Found, healthy: bool, last_checkpoint: str | None
