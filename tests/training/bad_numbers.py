@@ -20,7 +20,7 @@ SITES = ("loss", "activation", "gradient", "router logit", "expert output", "opt
 
 @dataclass
 class Strike:
-    """site: one of SITES.   times: of so many passes over the micro-batch; 1: the first one, not when it is repeated."""
+    """site: one of SITES.   times: of so many passes over the micro-batch; 1: not when it is repeated."""
 
     site: str
     rank: int
