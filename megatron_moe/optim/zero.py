@@ -5,7 +5,6 @@ gradients (reduced) → AdamW on the shard → cast to the model's dtype → all
 The same serves stage 3, where the last two steps are the next forward pass's (fully_sharded.py).
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -96,15 +95,11 @@ class ShardedAdamW:
     @torch.no_grad()
     def health(self) -> Tensor:
         """() float64: 0 when all that belongs to the optimizer alone is finite on this rank, else NaN."""
-        largest = [
-            torch.linalg.vector_norm(flat, math.inf).double()
-            for shard in self._shards
-            for flat in shard.kinds.values()
-            if flat.numel()
-        ]
-        if not largest:
+        # sums: several times faster on a CPU than the largest value, or than asking each number
+        sums = [flat.sum().double() for shard in self._shards for flat in shard.kinds.values() if flat.numel()]
+        if not sums:
             return torch.zeros((), dtype=torch.float64, device=self._buckets.device)
-        return (torch.stack(largest) * 0.0).sum()
+        return (torch.stack(sums) * 0.0).sum()
 
     def reset_masters(self) -> None:
         """Take the weights as they are for masters, after something else than `step` filled the parameters."""

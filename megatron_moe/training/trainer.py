@@ -3,6 +3,7 @@
 import json
 import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,10 @@ class Trainer:
         self._peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         self._gpu = GpuMonitor.for_device(device)
         self.loader = Loader(
-            self._dataset("train"), self._sampler(consumed=0), device="cpu", num_workers=config.data.num_workers
+            self._dataset("train"),
+            self._sampler(config.training.left_out),
+            device="cpu",
+            num_workers=config.data.num_workers,
         )
 
     def _dataset(self, split: str) -> Dataset:
@@ -97,14 +101,14 @@ class Trainer:
         if self.config.logging.tensorboard_dir is not None:
             require("tensorboard", extra="log")
 
-    def _sampler(self, consumed: int) -> Sampler:
+    def _sampler(self, left_out: Sequence[range] = ()) -> Sampler:
         training = self.config.training
         return Sampler(
             global_batch_size=training.global_batch_size,
             micro_batch_size=training.micro_batch_size,
             dp_rank=self.state.dp.rank,
             dp_size=self.state.dp.size,
-            consumed=consumed,
+            left_out=left_out,
         )
 
     def _writer(self) -> CheckpointWriter | None:
@@ -180,14 +184,14 @@ class Trainer:
     def train_step(self) -> StepResult | None:
         """The next step of the run; None when it was skipped."""
         self.watch.enter("data")
+        first = self.loader.state_dict()["consumed_samples"]
         batches = self._next(self.loader)
         self.watch.enter("step")
         try:
             result: StepResult | None = self.engine.train_step(self.step, batches, self._last_good)
             self.skipped.made()
         except (NonFiniteError, SpikeError) as error:
-            last = self.loader.state_dict()["consumed_samples"]
-            self.skipped.skip(error, self.step + 1, range(last - self.config.training.global_batch_size, last))
+            self.skipped.skip(error, self.step + 1, range(first, first + self.config.training.global_batch_size))
             result = None
         self.step += 1
         return result
@@ -246,7 +250,7 @@ class Trainer:
 
     def validation_loss(self) -> float:
         """Mean loss per token over the first eval_iters global batches of the validation split, in nats."""
-        sampler = self._sampler(consumed=0)
+        sampler = self._sampler()
         total = tokens = 0.0
         with Loader(self._dataset("valid"), sampler) as loader:
             for _ in range(self.config.training.eval_iters):

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from ranks import run_on_ranks
 
-from megatron_moe.config.errors import MegatronMoEError, NonFiniteError, SpikeError
+from megatron_moe.config.errors import ConfigError, MegatronMoEError, NonFiniteError, SpikeError
 from megatron_moe.config.run import RunConfig
 from megatron_moe.config.training import TrainingConfig
 from megatron_moe.parallel.state import ParallelState
@@ -122,3 +122,38 @@ def test_a_run_goes_on_over_a_skipped_step_bit_exactly(corpus: Path, tmp_path: P
     assert state_hash(resumed) == state_hash(whole)
     assert resumed.skipped.steps == whole.skipped.steps
     assert resumed.spikes.state_dict() == whole.spikes.state_dict()
+
+
+@pytest.mark.parametrize("text", ["8", "8-", "a-b", "8-10", "9-11", "8-7"])
+def test_a_range_of_samples_is_whole_batches(text: str) -> None:
+    with pytest.raises(ConfigError, match=f"--skip-samples {text} "):
+        TrainingConfig(global_batch_size=4, train_iters=9, skip_samples=(text,))
+
+
+def test_ranges_of_samples_ascend() -> None:
+    with pytest.raises(ConfigError, match="must ascend without overlap"):
+        TrainingConfig(global_batch_size=4, train_iters=9, skip_samples=("8-15", "12-19"))
+
+
+@pytest.mark.goal(
+    "R27",
+    ci=1,
+    nightly=1,
+    what="back to an older checkpoint and past the samples of a spike: bit-identical to a new run told the same ranges",
+)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_going_back_and_past_samples_is_reproducible(
+    corpus: Path, tmp_path: Path, trials: Any, workers: int
+) -> None:
+    data = {"num_workers": workers}
+    first = {"train_iters": 6}
+    folder = {"save": str(tmp_path / "first"), "save_interval": 2}
+    run(job(corpus, training=first, checkpoint=folder, data=data), None)
+    # step 4 (samples 12 to 15) and the one before it are to be passed over
+    past = {"train_iters": 6, "skip_samples": ["8-15"]}
+    back = {"load": str(tmp_path / "first"), "ckpt_step": 2, "save": str(tmp_path / "second"), "save_interval": 4}
+    again = run(job(corpus, training=past, checkpoint=back, data=data), None)
+    fresh = run(job(corpus, training=past, data=data), None)
+    assert again.first_step == 2 and again.loader.state_dict() == {"consumed_samples": 32}
+    assert state_hash(again) == state_hash(fresh)
+    trials.add(1)
