@@ -73,7 +73,7 @@ def _add_megatron(directions: argparse._SubParsersAction[argparse.ArgumentParser
     )
     megatron.add_argument("--iteration", type=int, metavar="N", help="default: the one that the tracker file names")
     megatron.add_argument(
-        "--vocab-size", type=int, metavar="V", help="token ids without padding; default: as saved, else all rows"
+        "--vocab-size", type=int, metavar="V", help="token ids, with that of the end of a document; default: all rows, padding too"
     )
     megatron.add_argument(
         "--allow-pickle",
@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.direction == "import-megatron":
             wanted = MegatronOptions(
                 iteration=arguments.iteration,
-                allow_pickle=arguments.allow_pickle,
+                pickles_allowed=arguments.allow_pickle,
                 with_optimizer=arguments.with_optimizer,
                 vocab_size=arguments.vocab_size,
             )

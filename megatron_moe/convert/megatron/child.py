@@ -47,9 +47,9 @@ class Opened:
     files: tuple[OpenedFile, ...]
 
 
-def require_permission(iteration: Iteration, allow_pickle: bool) -> None:
+def require_permission(iteration: Iteration, allowed: bool) -> None:
     """ConfigError that names the pickles, unless they are allowed."""
-    if allow_pickle:
+    if allowed:
         return
     names = [str(path.relative_to(iteration.folder)) for path in iteration.pickles]
     told = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

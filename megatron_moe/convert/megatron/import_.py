@@ -27,10 +27,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class MegatronOptions:
-    """What a person can choose. iteration: None = the newest.  vocab_size: None = that of the checkpoint's settings."""
+    """What a person can choose. iteration: None = the newest.  vocab_size: None = all rows, padding too."""
 
     iteration: int | None = None
-    allow_pickle: bool = False
+    pickles_allowed: bool = False
     with_optimizer: bool = False
     vocab_size: int | None = None
 
@@ -48,7 +48,7 @@ def import_megatron(folder: Path, root: Path, options: MegatronOptions) -> RunCo
             "formats that depend on how it was run; leave the flag out and train on with --finetune."
         )
     iteration = find_iteration(folder, options.iteration)
-    require_permission(iteration, options.allow_pickle)
+    require_permission(iteration, options.pickles_allowed)
     scratch = root.parent if root.parent.is_dir() else Path(gettempdir())
     with opened(iteration, scratch) as plain:
         return _convert(iteration, plain, root, options)
@@ -58,6 +58,7 @@ def _convert(iteration: Iteration, plain: Opened, root: Path, options: MegatronO
     where, files = str(iteration.folder), PlainFiles()
     log.info("%s: its pickles were opened by a child process; network: %s", where, plain.isolation)
     _tell_ignored(plain)
+    _check_iterations(plain, where)
     arguments = plain.files[0].arguments
     gated = arguments.get("swiglu") is True
     if iteration.kind == "torch_dist":
@@ -65,9 +66,11 @@ def _convert(iteration: Iteration, plain: Opened, root: Path, options: MegatronO
     else:
         tensors = merged(rank_files(plain.files, arguments), files, gated=gated)
     rows = _vocabulary_rows(tensors, where)
-    shape = read_settings(arguments, rows=rows, vocab_size=options.vocab_size).shape
+    shape = read_settings(arguments, rows=rows, vocab_size=options.vocab_size)
     source = MegatronSource(tensors, files, shape.model.num_layers)
     _drop_tied_copy(source, shape.model.untie_embeddings_and_output_weights, where)
+    if options.vocab_size is None:
+        log.info("all %d rows of the vocabulary are kept, padding too; --vocab-size would leave that out", rows)
     if shape.vocab_size < rows:
         log.info("rows %d to %d of the vocabulary are padding and are left out", shape.vocab_size, rows)
         for name in {EMBEDDING, HEAD} & set(source.names()):
@@ -100,6 +103,13 @@ def _drop_tied_copy(source: MegatronSource, untied: bool, where: str) -> None:
     if not torch.equal(source.read(EMBEDDING), source.read(HEAD)):
         raise CheckpointError(f"{where}: args tie the head to the embedding, but {HEAD} differs from {EMBEDDING}.")
     source.without(HEAD)
+
+
+def _check_iterations(plain: Opened, where: str) -> None:
+    found = {str(file.iteration): file.source for file in plain.files}
+    if len(found) > 1:
+        told = ", ".join(f"{source} of iteration {number}" for number, source in found.items())
+        raise CheckpointError(f"{where} mixes files of several saves: {told}.")
 
 
 def _tell_ignored(plain: Opened) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from megatron_moe.checkpoint.tensor_file import DTYPE_NAMES, DTYPES, bytes_of, header_bytes
 from megatron_moe.config.errors import MegatronMoEError
+from megatron_moe.convert.megatron.child import INDEX
 from megatron_moe.convert.megatron.folder import Iteration, iteration_at
 from megatron_moe.convert.megatron.ignored import why_ignored
 from megatron_moe.convert.megatron.inert import Inert, plain
@@ -27,7 +28,6 @@ from megatron_moe.convert.megatron.isolation import Forbidden, limit_resources, 
 from megatron_moe.convert.megatron.metadata import StoredPiece, model_pieces
 from megatron_moe.convert.megatron.restricted import Refused, load_file, load_metadata, load_tensor
 
-INDEX = "opened.json"
 GIB = 1 << 30
 Entry = tuple[str, str, tuple[int, ...]]  # key, type, shape
 
@@ -140,7 +140,8 @@ def _write(path: Path, entries: Sequence[Entry], tensors: Iterable[Tensor]) -> N
     """A safetensors file; the tensors come in the order of the entries."""
     ordered = sorted(range(len(entries)), key=lambda number: -DTYPES[entries[number][1]].itemsize)
     if ordered != list(range(len(entries))):  # wide types first, so that each lies aligned
-        tensors = [list(tensors)[number] for number in ordered]
+        known = list(tensors)
+        tensors = [known[number] for number in ordered]
         entries = [entries[number] for number in ordered]
     with path.open("wb") as file:
         file.write(header_bytes(entries, {}))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from megatron_moe.config.errors import ConfigError
@@ -52,33 +51,24 @@ MUST_BE: tuple[tuple[str, tuple[Any, ...], str], ...] = (
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class MegatronModel:
-    """A model as its checkpoint describes it."""
+def read_settings(arguments: Mapping[str, Any], *, rows: int, vocab_size: int | None = None) -> ModelShape:
+    """The model of saved `args`.
 
-    shape: ModelShape
-
-    @property
-    def gated(self) -> bool:
-        """Whether linear_fc1 is a gate above an up projection."""
-        return self.shape.model.activation == "swiglu"
-
-
-def read_settings(arguments: Mapping[str, Any], *, rows: int, vocab_size: int | None = None) -> MegatronModel:
-    """The model of saved `args`. rows: of the stored embedding.  vocab_size: ids that mean something, if somebody said.
+    rows: of the stored embedding.  vocab_size: ids that mean something, if somebody
+    said; the saved vocab_size counts no end-of-document id, so that it cannot tell which rows are padding.
 
     Raises ConfigError that names the setting that the project cannot express.
     """
     saved = Saved(arguments)
     for name, allowed, why in MUST_BE:
         saved.must_be(name, allowed, why)
-    vocabulary = vocab_size or saved.integer("vocab_size", default=rows)
+    vocabulary = vocab_size or rows
     if vocabulary > rows:
         raise ConfigError(f"--vocab-size {vocabulary} is more than the {rows} rows of the stored embedding.")
     moe = _moe_fields(saved)
     model = ModelConfig(**_model_fields(saved), vocab_size=vocabulary)
     _check_qk_norm(model)
-    return MegatronModel(ModelShape(model=model, moe=MoEConfig(**moe), vocab_size=vocabulary))
+    return ModelShape(model=model, moe=MoEConfig(**moe), vocab_size=vocabulary)
 
 
 def _model_fields(saved: Saved) -> dict[str, Any]:
