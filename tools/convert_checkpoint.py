@@ -73,7 +73,10 @@ def _add_megatron(directions: argparse._SubParsersAction[argparse.ArgumentParser
     )
     megatron.add_argument("--iteration", type=int, metavar="N", help="default: the one that the tracker file names")
     megatron.add_argument(
-        "--vocab-size", type=int, metavar="V", help="token ids, with that of the end of a document; default: all rows, padding too"
+        "--vocab-size",
+        type=int,
+        metavar="V",
+        help="token ids, with that of the end of a document; default: all rows of the embedding, padding too",
     )
     megatron.add_argument(
         "--allow-pickle",

@@ -44,11 +44,11 @@ def model_pieces(metadata: Inert) -> tuple[list[StoredPiece], dict[str, Shape], 
             ignored[name] = reason
             continue
         kind = _named(told, "TensorStorageMetadata", f"the entry of {name}")
-        shapes[name] = _numbers(kind["size"])
-        dtype = _dtype(kind["properties"], name)
-        for chunk in kind["chunks"]:
+        shapes[name] = _numbers(kind.get("size"))
+        dtype = _dtype(kind.get("properties"), name)
+        for chunk in _listed(kind.get("chunks"), f"the pieces of {name}"):
             part = _named(chunk, "ChunkStorageMetadata", f"a piece of {name}")
-            pieces.append(_piece(name, dtype, _numbers(part["offsets"]), _numbers(part["sizes"]), places))
+            pieces.append(_piece(name, dtype, _numbers(part.get("offsets")), _numbers(part.get("sizes")), places))
     widths = {name: dtype.itemsize for dtype, name in DTYPE_NAMES.items()}
     return sorted(pieces, key=lambda piece: -widths[piece.dtype]), shapes, ignored
 
@@ -75,7 +75,7 @@ def _places(storage: Any) -> dict[Any, dict[str, Any]]:
     for index, place in storage.items():
         where = _named(index, "MetadataIndex", "a key of storage_data")
         offset = () if where.get("offset") is None else _numbers(where["offset"])
-        found[where.get("fqn"), offset] = _named(place, "_StorageInfo", "a value of storage_data")
+        found[str(where.get("fqn")), offset] = _named(place, "_StorageInfo", "a value of storage_data")
     return found
 
 
@@ -99,6 +99,12 @@ def _named(value: Any, kind: str, told: str) -> dict[str, Any]:
 def _table(value: Any, told: str) -> dict[str, Any]:
     if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
         raise Refused(f".metadata: {told} is no table of names")
+    return value
+
+
+def _listed(value: Any, told: str) -> list[Any]:
+    if not isinstance(value, list):
+        raise Refused(f".metadata: {told} are no list")
     return value
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from megatron_moe.convert.megatron.inert import CHECKPOINT_NAMES, METADATA_NAMES, Inert, is_known, stand_in
+from megatron_moe.convert.megatron.isolation import Forbidden
 
 
 class Refused(Exception):
@@ -37,7 +38,9 @@ def load_metadata(path: Path) -> Inert:
     try:
         with path.open("rb") as file:
             found = MetadataUnpickler(file).load()
-    except (pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
+    except (Refused, Forbidden):
+        raise
+    except Exception as error:  # broken bytes can raise any
         raise Refused(f"{path} cannot be read ({error})") from error
     if not isinstance(found, Inert) or not found.full_name.endswith(".Metadata"):
         raise Refused(f"{path} holds no Metadata of torch.distributed.checkpoint")
@@ -46,13 +49,15 @@ def load_metadata(path: Path) -> Inert:
 
 def load_file(path: Path) -> Any:
     """What torch.save wrote; tensors are mapped, not read. Other objects are stand-ins."""
-    if not zipfile.is_zipfile(path):
-        raise Refused(f"{path} is no file of torch.save since version 1.6; save it again with a current one")
     try:
+        if not zipfile.is_zipfile(path):
+            raise Refused(f"{path} is no file of torch.save since version 1.6; save it again with a current one")
         names = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
         with torch.serialization.safe_globals(_stand_ins(names, str(path))):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, TypeError, AssertionError, KeyError) as error:
+    except (Refused, Forbidden):
+        raise
+    except Exception as error:  # broken bytes can raise any
         raise Refused(f"{path} cannot be read ({str(error).strip()[:300]})") from error
 
 
@@ -60,7 +65,9 @@ def load_tensor(data: bytes, told: str) -> torch.Tensor:
     """One tensor that torch.save wrote; told: what it is, for errors."""
     try:
         found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, TypeError, AssertionError, KeyError) as error:
+    except Forbidden:
+        raise
+    except Exception as error:  # broken bytes can raise any
         raise Refused(f"{told} cannot be read ({str(error).strip()[:300]})") from error
     if not isinstance(found, torch.Tensor):
         raise Refused(f"{told} is a {type(found).__name__}, expected a tensor")

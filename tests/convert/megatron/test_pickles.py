@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
 import socket
 import subprocess
 import sys
+import warnings
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -19,6 +22,7 @@ from megatron_moe.convert.megatron import child
 from megatron_moe.convert.megatron.import_ import import_megatron
 from megatron_moe.convert.megatron.inert import Inert
 from megatron_moe.convert.megatron.isolation import Forbidden, audit_hook
+from megatron_moe.convert.megatron.metadata import model_pieces
 from megatron_moe.convert.megatron.restricted import Refused, load_file, load_metadata, load_tensor
 from tests.convert.megatron.samples import (
     ALLOWED,
@@ -126,6 +130,22 @@ def test_broken_and_old_files_are_refused(tmp_path: Path) -> None:
     path.write_bytes(pickle.dumps({"model": {}}))
     with pytest.raises(Refused, match="no file of torch.save since"):
         load_file(path)
+
+
+def test_flipped_bytes_are_read_or_refused(tmp_path: Path) -> None:
+    """600 mutations of what is opened: nothing but Refused comes of them."""
+    step, path = GOLDEN / "dense-torch_dist" / STEP_FOLDER, tmp_path / "file"
+    random = Random(3)
+    for file, load in ((".metadata", lambda at: model_pieces(load_metadata(at))), ("common.pt", load_file)):
+        original = (step / file).read_bytes()
+        for _ in range(300):
+            data = bytearray(original)
+            for _ in range(random.choice((1, 1, 4))):
+                data[random.randrange(len(data))] = random.randrange(256)
+            path.write_bytes(data)
+            with contextlib.suppress(Refused), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of torch, about the protocol of a pickle
+                load(path)
 
 
 def test_a_trap_in_a_checkpoint_ends_the_conversion_with_its_name(
