@@ -18,8 +18,9 @@ import torch
 from megatron_moe.config.run import RunConfig
 from megatron_moe.data.batch import Batch
 from megatron_moe.data.indexed_writer import IndexedDatasetWriter
+from megatron_moe.data.loader import Loader
 from megatron_moe.parallel.state import ParallelState
-from megatron_moe.training.engine import StepResult, grid_of
+from megatron_moe.training.engine import Engine, StepResult, grid_of
 from megatron_moe.training.trainer import Trainer
 from tests.faults.inject import Faults, attach
 from tests.faults.plan import FaultPlan
@@ -128,18 +129,25 @@ def watch(trainer: Trainer, write: Callable[[bytes], Any], number: int, pace_s: 
 
 
 def state_hash(trainer: Trainer) -> str:
+    return hash_of(trainer.engine, trainer.loader)
+
+
+def hash_of(engine: Engine, loader: Loader) -> str:
     """Weights, optimizer, buffers of routers, counters: all of this rank that the next step depends on."""
-    engine = trainer.engine
     digest = hashlib.sha256()
     for block in [*engine.weight_blocks(), *engine.optimizer.blocks()]:
         digest.update(f"{block.name} {block.global_shape} {block.offset} {block.shape}".encode())
-        digest.update(block.tensor.detach().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(bytes_of(block.tensor))
     for module in engine.modules:
         for name, buffer in module.named_buffers():
-            digest.update(name.encode() + buffer.contiguous().numpy().tobytes())
-    counters = [engine.optimizer.state_dict(), trainer.loader.state_dict(), trainer.config.training.seed]
+            digest.update(name.encode() + bytes_of(buffer))
+    counters = [engine.optimizer.state_dict(), loader.state_dict(), engine.config.training.seed]
     digest.update(json.dumps(counters).encode())
     return digest.hexdigest()
+
+
+def bytes_of(tensor: torch.Tensor) -> bytes:
+    return tensor.detach().flatten().contiguous().view(torch.uint8).numpy().tobytes()
 
 
 @dataclass(frozen=True)
