@@ -76,7 +76,8 @@ def find_checkpoint(
 
     Broken ones are passed over, with one message that says why. strict, or a step: CheckpointError instead.
     check: with "on_read" all bytes are read once, not twice: what is filled is verified as it is read, and `fill` and
-    `fill_all` raise DamagedError when it is not what was stored. The caller then asks for another one.
+    `fill_all` raise DamagedError when it is not what was stored. The caller then asks for another one, and lets the
+    one that proves whole tell of those that were passed over (`tell_passed_over`).
     damaged: steps that were found so, and why; they are not looked at.
     Raises NoCheckpointError when there is none.
     """
@@ -88,10 +89,10 @@ def find_checkpoint(
         known = (damaged or {}).get(candidate)
         found = known or examine(step_folder(root, candidate), candidate, world, place, check)
         if isinstance(found, Examined):
-            if broken and world.is_first:
-                why = "\n".join(broken)
-                logger.warning("Going on from step %d in %s; newer checkpoints are broken:\n%s", candidate, root, why)
-            return CheckpointReader(found, world, place, on_read=check == "on_read")
+            reader = CheckpointReader(found, world, place, on_read=check == "on_read", passed_over=broken)
+            if check != "on_read":
+                reader.tell_passed_over()
+            return reader
         broken.append(f"  step {candidate}: {found}")
         if strict or step is not None:
             raise CheckpointError(
@@ -120,7 +121,14 @@ class CheckpointReader:
     that no block asks for. `logical` and `rectangle` verify nothing.
     """
 
-    def __init__(self, found: Examined, world: Axis, device: torch.device, on_read: bool = False) -> None:
+    def __init__(
+        self,
+        found: Examined,
+        world: Axis,
+        device: torch.device,
+        on_read: bool = False,
+        passed_over: Sequence[str] = (),
+    ) -> None:
         self.folder = found.folder
         self.manifest = found.manifest
         self.step = found.manifest.step
@@ -132,6 +140,14 @@ class CheckpointReader:
         self._world = world
         self._device = device
         self._on_read = on_read
+        self._passed_over = passed_over
+
+    def tell_passed_over(self) -> None:
+        """Log, in one message of the first rank, which newer checkpoints are broken and why; nothing if none is."""
+        if self._passed_over and self._world.is_first:
+            why = "\n".join(self._passed_over)
+            text = "Going on from step %d in %s; newer checkpoints are broken:\n%s"
+            logger.warning(text, self.step, self.folder.parent, why)
 
     @property
     def tensors(self) -> dict[str, dict[str, StoredTensor]]:

@@ -10,6 +10,7 @@ MegatronMoEError
 ├── HangError           87   the ranks made no progress for too long
 ├── NoProgressError     93   several attempts in a row ended without a newer checkpoint
 ├── NonFiniteError      16   a loss or gradient is NaN or infinite
+├── SpikeError          16   loss or gradient norm leapt in too many steps in a row
 └── ReplicaError        16   ranks that must hold the same numbers do not
 """
 
@@ -32,6 +33,12 @@ class ConfigError(MegatronMoEError):
 
 class NonFiniteError(MegatronMoEError):
     """A loss or gradient is NaN or infinite: a suspected fault, worth a run on other machines."""
+
+    exit_code: ClassVar[int] = 16
+
+
+class SpikeError(MegatronMoEError):
+    """The loss or the gradient norm leapt far above those of the steps before; the step was not learnt from."""
 
     exit_code: ClassVar[int] = 16
 

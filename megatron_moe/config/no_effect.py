@@ -193,6 +193,21 @@ RULES = (
         "with --lr-decay-style constant; leave it out, or use another style",
     ),
     Rule(
+        ("training.nonfinite_action",),
+        lambda run: not run.training.check_for_nan_in_loss_and_grad,
+        "with --no-check-for-nan-in-loss-and-grad, which looks for no such numbers; leave one of them out",
+    ),
+    Rule(
+        ("training.max_skipped_steps",),
+        lambda run: run.training.nonfinite_action == "stop" and run.training.spike_sigma is None,
+        "when no step is ever skipped; leave it out, or give --nonfinite-action skip or --spike-sigma",
+    ),
+    Rule(
+        ("training.spike_window",),
+        lambda run: run.training.spike_sigma is None,
+        "when spikes are not looked for; leave it out, or give --spike-sigma",
+    ),
+    Rule(
         ("training.eval_iters",),
         lambda run: run.training.eval_interval is None,
         "without evaluation; leave it out, or give --eval-interval",

@@ -32,6 +32,25 @@ class TrainingConfig:
         None, "end the run, with a checkpoint and exit code 75, after the step in which this file exists on rank 0"
     )
     check_for_nan_in_loss_and_grad: bool = option(True, "stop when a loss or gradient is NaN or infinite")
+    nonfinite_action: str = option(
+        "stop",
+        "what follows a loss, gradient or optimizer state that is NaN or infinite, also when the step is played again; "
+        "stop: exit code 16; skip: the step updates nothing, and its samples count as read",
+        choices=("stop", "skip"),
+    )
+    spike_sigma: float | None = option(
+        None,
+        "skip a step whose loss or gradient norm lies more than so many standard deviations above the mean of the last "
+        "steps; none = learn from every step",
+        above=0,
+    )
+    spike_window: int = option(128, "steps of which --spike-sigma knows mean and deviation", at_least=4)
+    max_skipped_steps: int = option(5, "stop with exit code 16 rather than skip more steps in a row", at_least=1)
+    skip_samples: tuple[str, ...] = option(
+        (),
+        "samples of the run that no step reads, FIRST-LAST each, whole global batches in ascending order: to go on "
+        "from an older checkpoint without those of a spike",
+    )
     check_replicas_interval: int | None = option(
         None,
         "every so many steps compare, by hashes, all weights, router states and optimizer states that several ranks "
@@ -54,6 +73,19 @@ class TrainingConfig:
                 f"--train-samples {self.train_samples} is less than one --global-batch-size "
                 f"{self.global_batch_size}; train on at least one global batch."
             )
+        _ = self.left_out
+
+    @property
+    def left_out(self) -> tuple[range, ...]:
+        """Samples that no step reads, ascending."""
+        found: list[range] = []
+        for text in self.skip_samples:
+            samples = _whole_batches(text, self.global_batch_size)
+            if found and samples.start < found[-1].stop:
+                given = " ".join(self.skip_samples)
+                raise ConfigError(f"--skip-samples {given} must ascend without overlap; sort them.")
+            found.append(samples)
+        return tuple(found)
 
     @property
     def num_steps(self) -> int:
@@ -61,3 +93,17 @@ class TrainingConfig:
         if self.train_iters is not None:
             return self.train_iters
         return (self.train_samples or 0) // self.global_batch_size
+
+
+def _whole_batches(text: str, size: int) -> range:
+    """Raises ConfigError for what is no FIRST-LAST or no whole global batches."""
+    first, dash, last = text.partition("-")
+    if not (dash and first.isdecimal() and last.isdecimal()):
+        raise ConfigError(f"--skip-samples {text} is no range; give FIRST-LAST, both whole numbers.")
+    samples = range(int(first), int(last) + 1)
+    if not samples or samples.start % size or samples.stop % size:
+        raise ConfigError(
+            f"--skip-samples {text} must hold whole global batches: with --global-batch-size {size}, FIRST and LAST + "
+            f"1 are multiples of {size}, as the log writes the samples of a skipped step."
+        )
+    return samples

@@ -61,7 +61,7 @@ class Loader:
         if consumed < 0:
             raise ConfigError(f"consumed_samples cannot be {consumed}; the count starts at 0.")
         self._drop_ahead()
-        self.sampler.consumed = consumed
+        self.sampler.consumed = self.sampler.past(consumed)
 
     def close(self) -> None:
         """Ends the threads."""
@@ -72,7 +72,9 @@ class Loader:
     def _next_from_threads(self) -> list[Batch]:
         assert self._executor is not None
         while len(self._ahead) <= self._num_workers:
-            consumed = self.sampler.consumed + len(self._ahead) * self.sampler.global_batch_size
+            consumed = self.sampler.consumed
+            for _ in self._ahead:
+                consumed = self.sampler.after(consumed)
             self._ahead.append(self._executor.submit(self._read, consumed))
         try:
             return self._ahead.popleft().result()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from megatron_moe.config.errors import ConfigError
 
 
@@ -10,10 +12,19 @@ class Sampler:
 
     A step takes the next `global_batch_size` samples, whatever the layout. Microbatch m of data-parallel rank r takes
     `micro_batch_size` consecutive samples from (m * dp_size + r) * micro_batch_size on, counted from the step's first.
+    Samples in `left_out`, ascending ranges of whole steps, are no step's: the one before them is followed by the one
+    behind them.
     """
 
     def __init__(
-        self, *, global_batch_size: int, micro_batch_size: int, dp_rank: int = 0, dp_size: int = 1, consumed: int = 0
+        self,
+        *,
+        global_batch_size: int,
+        micro_batch_size: int,
+        dp_rank: int = 0,
+        dp_size: int = 1,
+        consumed: int = 0,
+        left_out: Sequence[range] = (),
     ) -> None:
         at_once = micro_batch_size * dp_size
         if global_batch_size < 1 or micro_batch_size < 1 or global_batch_size % at_once:
@@ -25,7 +36,19 @@ class Sampler:
             raise ConfigError(f"consumed samples cannot be {consumed}; the count starts at 0.")
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.dp_rank, self.dp_size = dp_rank, dp_size
-        self.consumed = consumed
+        self._left_out = left_out
+        self.consumed = self.past(consumed)
+
+    def past(self, consumed: int) -> int:
+        """Where a step begins after so many samples: behind those that are left out."""
+        for samples in self._left_out:
+            if consumed in samples:
+                consumed = samples.stop
+        return consumed
+
+    def after(self, consumed: int) -> int:
+        """Where the step begins that follows the one which begins after `consumed` samples."""
+        return self.past(consumed + self.global_batch_size)
 
     @property
     def num_microbatches(self) -> int:
@@ -43,4 +66,4 @@ class Sampler:
 
     def advance(self) -> None:
         """One step has been taken."""
-        self.consumed += self.global_batch_size
+        self.consumed = self.after(self.consumed)

@@ -11,10 +11,10 @@ from megatron_moe.optim.owned import Gradients
 _ROW = 1024
 
 
-def global_norm(buckets: Gradients) -> float:
+def global_norm(buckets: Gradients, health: Tensor | None = None) -> float:
     """The 2-norm of the reduced gradients of all ranks, the same number on each. Collective over the world.
 
-    Infinite or NaN if any gradient is. Waits for the device.
+    Infinite or NaN if any gradient is. Waits for the device.   health: () added on its way; 0 if all is well here.
     """
     own = [
         _squared_sum(segment.of(bucket.own_gradients))
@@ -25,6 +25,8 @@ def global_norm(buckets: Gradients) -> float:
     total = torch.zeros((), dtype=torch.float64, device=buckets.device)
     if own:
         total = torch.stack(own).sum()
+    if health is not None:
+        total = total + health
     return math.sqrt(buckets.state.world.comm.all_reduce_(total).item())
 
 
@@ -37,12 +39,13 @@ def _squared_sum(values: Tensor) -> Tensor:
     return squared
 
 
-def clip_(buckets: Gradients, max_norm: float) -> float:
+def clip_(buckets: Gradients, max_norm: float, health: Tensor | None = None) -> float:
     """Scale the reduced gradients in place by min(1, max_norm / (norm + 1e-6)); returns the norm before.
 
     max_norm 0 clips nothing. A norm that is not finite scales nothing: the caller must not make the update.
+    health: as in global_norm.
     """
-    norm = global_norm(buckets)
+    norm = global_norm(buckets, health)
     scale = clip_scale(norm, max_norm)
     if scale < 1.0:
         for bucket in buckets.buckets:

@@ -92,6 +92,15 @@ class ShardedAdamW:
             weight_decay=weight_decay,
         )
 
+    @torch.no_grad()
+    def health(self) -> Tensor:
+        """() float64: 0 when all that belongs to the optimizer alone is finite on this rank, else NaN."""
+        # sums: several times faster on a CPU than the largest value, or than asking each number
+        sums = [flat.sum().double() for shard in self._shards for flat in shard.kinds.values() if flat.numel()]
+        if not sums:
+            return torch.zeros((), dtype=torch.float64, device=self._buckets.device)
+        return (torch.stack(sums) * 0.0).sum()
+
     def reset_masters(self) -> None:
         """Take the weights as they are for masters, after something else than `step` filled the parameters."""
         for shard in self._shards:

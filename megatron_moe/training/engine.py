@@ -1,12 +1,14 @@
 """Model, gradients, optimizer and pipeline of one rank: everything that a step of training needs, and no files."""
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from megatron_moe.config.errors import NonFiniteError
 from megatron_moe.config.run import RunConfig
 from megatron_moe.config.stages import num_rounds, schedule_name
 from megatron_moe.data.batch import Batch
@@ -33,8 +35,12 @@ from megatron_moe.pipeline.transfer import Transfer
 from megatron_moe.training.faults import check_finite
 from megatron_moe.training.metrics import LayerStats, MetricsReducer, StepMetrics
 from megatron_moe.training.objective import Objective
+from megatron_moe.training.probe import Probe, Watched
+from megatron_moe.training.replay import found_text, verdict_of
 from megatron_moe.training.replicas import ReplicaCheck
-from megatron_moe.training.step import Counting, StepProgram, count_batches
+from megatron_moe.training.step import Counting, Findings, StepProgram, count_batches
+
+logger = logging.getLogger(__name__)
 
 
 def grid_of(config: RunConfig, world_size: int) -> Grid:
@@ -62,6 +68,22 @@ class StepResult:
     learning_rate: float
 
 
+@dataclass(frozen=True)
+class _Found:
+    """A step before its update, the same on every rank."""
+
+    metrics: StepMetrics
+    norm: float
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.metrics.loss) and math.isfinite(self.norm)
+
+
+def _no_judge(loss: float, norm: float) -> None:
+    """Every update is made."""
+
+
 class Engine:
     """This rank's part of the model and of its training."""
 
@@ -80,6 +102,8 @@ class Engine:
             collect_small_gradients(stage)
         self.optimizer = ShardedAdamW(self.buckets, config.optimizer, overlap=config.parallel.gathers_beside_computing)
         self._replicas = ReplicaCheck(config.training.check_replicas_interval, self.copies, state, device)
+        # told loss and gradient norm of each step before its update, which an error on all ranks prevents
+        self.judge: Callable[[float, float], None] = _no_judge
         self._random = KeyedRandom(config.training.seed)
         self.objective = Objective.of(config.moe)
         num_sparse = sum(layer.moe is not None for layer in self.spec.layers)
@@ -138,23 +162,57 @@ class Engine:
         training = self.config.training
         for layer in self._moe_layers().values():
             layer.before_step(step / training.num_steps)
+        found, findings = self._gradients(step, batches)
+        self._replicas.check(step + 1, last_checkpoint, suspect=not found.finite)
+        if training.check_for_nan_in_loss_and_grad and not found.finite:
+            local = findings.loss
+            healthy = local is None or bool(local.isfinite())
+            found = self._again(step, batches, found, healthy, last_checkpoint)
+        self.judge(found.metrics.loss, found.norm)
+        rate = learning_rate(self.config.optimizer, step, training.num_steps)
+        self.optimizer.step(rate)
+        self._after_step(found.metrics.layers)
+        return StepResult(found.metrics, found.norm, rate)
+
+    def _gradients(self, step: int, batches: Sequence[Batch], probe: Probe | None = None) -> tuple[_Found, Findings]:
+        """Everything of a step but its update.   probe: looks on."""
         program, counts = self._program(batches, self._random.at(step=step), self.objective, train=True)
         self.buckets.zero_()
         schedule = SCHEDULES[schedule_name(self.config.model, self.config.parallel)](self._pipeline(len(batches)))
-        self._executor.train(schedule[self.state.pp.rank], program)
+        played = program if probe is None else Watched(program, probe)
+        self._executor.train(schedule[self.state.pp.rank], played)
         self.buckets.reduce()
-        norm = clip_(self.buckets, self.config.optimizer.clip_grad)
-        metrics = self._metrics.reduce(program.findings, counts.result)
-        finite = math.isfinite(metrics.loss) and math.isfinite(norm)
-        self._replicas.check(step + 1, last_checkpoint, suspect=not finite)
-        if training.check_for_nan_in_loss_and_grad:
-            local = program.findings.loss
-            healthy = local is None or bool(local.isfinite())
-            check_finite(metrics.loss, norm, healthy, step + 1, self.state.world, self.device, last_checkpoint)
-        rate = learning_rate(self.config.optimizer, step, training.num_steps)
-        self.optimizer.step(rate)
-        self._after_step(metrics.layers)
-        return StepResult(metrics, norm, rate)
+        norm = clip_(self.buckets, self.config.optimizer.clip_grad, self._health(program.findings))
+        return _Found(self._metrics.reduce(program.findings, counts.result), norm), program.findings
+
+    def _health(self, findings: Findings) -> Tensor | None:
+        """() float64 that travels with the norm: NaN for what neither loss nor gradients tell."""
+        if not self.config.training.check_for_nan_in_loss_and_grad:
+            return None
+        health = self.optimizer.health()
+        # of the copies on the ranks of tp, one is reported
+        return health if findings.loss is None else health + findings.loss.double() * 0.0
+
+    def _again(
+        self, step: int, batches: Sequence[Batch], first: _Found, healthy: bool, last_checkpoint: str | None
+    ) -> _Found:
+        """The step once more, watched. Returns it if it is finite now, else raises NonFiniteError on all ranks."""
+        probe = Probe(self.state, [batch.sample_ids.tolist() for batch in batches], self.device)
+        probe.look_at_state([*self.weight_blocks(), *self.optimizer.blocks()])
+        with probe.watching(self._stages):
+            again, _ = self._gradients(step, batches, probe)
+        probe.look_at_gradients(self.buckets)
+        places = probe.told()
+        verdict = verdict_of((first.metrics.loss, first.norm), (again.metrics.loss, again.norm))
+        text = found_text(verdict, places)
+        world = self.state.world
+        try:
+            check_finite(first.metrics.loss, first.norm, healthy, step + 1, world, self.device, last_checkpoint, text)
+        except NonFiniteError as error:
+            if verdict != "transient":
+                raise
+            logger.warning("%s The run goes on with the second result.", error)
+        return again
 
     def evaluate(self, batches: Sequence[Batch]) -> tuple[StepMetrics, float]:
         """The metrics of one global batch without learning from it, and over how many tokens its loss is the mean."""

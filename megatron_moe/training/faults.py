@@ -16,10 +16,12 @@ def check_finite(
     world: Axis,
     device: torch.device,
     last_checkpoint: str | None,
+    found: str = "",
 ) -> None:
     """Raises NonFiniteError on every rank when the step's loss or gradient norm, the same on all, is NaN or infinite.
 
     local_is_finite: whether this rank's own share of the loss was; the error names the ranks where it was not.
+    found: what more is known, in whole sentences.
     """
     if math.isfinite(loss) and math.isfinite(grad_norm):
         return
@@ -29,6 +31,7 @@ def check_finite(
     where = f"the loss of rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}" if ranks else "a gradient"
     kept = f"The last good checkpoint is {last_checkpoint}" if last_checkpoint else "No checkpoint has been written yet"
     raise NonFiniteError(
-        f"step {step}: {where} is not finite (loss {loss}, gradient norm {grad_norm}); nothing was updated. {kept}. "
+        f"step {step}: {where} is not finite (loss {loss}, gradient norm {grad_norm}); nothing was updated. "
+        f"{found + ' ' if found else ''}{kept}. "
         f"Resume from it with --load, lower --lr or --clip-grad, or look at the samples of this step."
     )

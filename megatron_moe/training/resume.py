@@ -44,6 +44,7 @@ def go_on(
         except DamagedError as error:
             damaged[reader.step] = str(error)
         else:
+            reader.tell_passed_over()
             return
 
 

@@ -3,6 +3,7 @@
 import json
 import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import xxhash
 from megatron_moe.checkpoint.load import CheckpointReader
 from megatron_moe.checkpoint.names import folded
 from megatron_moe.checkpoint.save import CheckpointWriter
-from megatron_moe.config.errors import ConfigError, DataError, NonFiniteError, ReplicaError, StorageError
+from megatron_moe.config.errors import ConfigError, DataError, NonFiniteError, ReplicaError, SpikeError, StorageError
 from megatron_moe.config.optional import require
 from megatron_moe.config.run import RunConfig
 from megatron_moe.config.whole_file import write_whole
@@ -33,6 +34,8 @@ from megatron_moe.training.restarts import Restarts
 from megatron_moe.training.resume import check_place_to_save, check_same_data, check_same_run, go_on
 from megatron_moe.training.signals import StopSignals
 from megatron_moe.training.sinks import Sinks
+from megatron_moe.training.skipped import Skipped
+from megatron_moe.training.spikes import SpikeWatch
 from megatron_moe.training.together import together
 from megatron_moe.training.watch.rank import Watch
 
@@ -61,6 +64,9 @@ class Trainer:
             self._fingerprints = self._fingerprint_inputs()
             self._check_early()
         self.engine = Engine(config, state, device, self.vocab_size)
+        self.skipped = Skipped(config.training)
+        self.spikes = SpikeWatch(config.training.spike_sigma, config.training.spike_window)
+        self.engine.judge = self.spikes.judge
         self.step = 0  # finished
         self.first_step = 0  # finished before this process
         self._last_good: str | None = None  # checkpoint, for messages
@@ -69,7 +75,10 @@ class Trainer:
         self._peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         self._gpu = GpuMonitor.for_device(device)
         self.loader = Loader(
-            self._dataset("train"), self._sampler(consumed=0), device="cpu", num_workers=config.data.num_workers
+            self._dataset("train"),
+            self._sampler(config.training.left_out),
+            device="cpu",
+            num_workers=config.data.num_workers,
         )
 
     def _dataset(self, split: str) -> Dataset:
@@ -92,14 +101,14 @@ class Trainer:
         if self.config.logging.tensorboard_dir is not None:
             require("tensorboard", extra="log")
 
-    def _sampler(self, consumed: int) -> Sampler:
+    def _sampler(self, left_out: Sequence[range] = ()) -> Sampler:
         training = self.config.training
         return Sampler(
             global_batch_size=training.global_batch_size,
             micro_batch_size=training.micro_batch_size,
             dp_rank=self.state.dp.rank,
             dp_size=self.state.dp.size,
-            consumed=consumed,
+            left_out=left_out,
         )
 
     def _writer(self) -> CheckpointWriter | None:
@@ -133,7 +142,7 @@ class Trainer:
                     self.writer.prepare(self._blocks())
                 try:
                     self._loop(sinks, signals)
-                except (NonFiniteError, ReplicaError, DataError, StorageError):
+                except (NonFiniteError, SpikeError, ReplicaError, DataError, StorageError):
                     # all ranks are here: what was being saved is still good, or is refused
                     self._finish_saving()
                     raise
@@ -156,8 +165,9 @@ class Trainer:
             self.watch.begins(self.step)
             result = self.train_step()
             self.watch.finished(self.step)
-            window.add(result)
-            self._log(result, window, sinks)
+            if result is not None:
+                window.add(result)
+                self._log(result, window, sinks)
             self._validate(sinks)
             stop = signals.agreed(self.state.world, self.device)
             last = self.step == num_steps or self._planned_exit(started) or stop
@@ -171,12 +181,18 @@ class Trainer:
             self.writer.finish()
             self._restarts.progressed(self.writer.last_step)
 
-    def train_step(self) -> StepResult:
-        """The next step of the run."""
+    def train_step(self) -> StepResult | None:
+        """The next step of the run; None when it was skipped."""
         self.watch.enter("data")
+        first = self.loader.state_dict()["consumed_samples"]
         batches = self._next(self.loader)
         self.watch.enter("step")
-        result = self.engine.train_step(self.step, batches, self._last_good)
+        try:
+            result: StepResult | None = self.engine.train_step(self.step, batches, self._last_good)
+            self.skipped.made()
+        except (NonFiniteError, SpikeError) as error:
+            self.skipped.skip(error, self.step + 1, range(first, first + self.config.training.global_batch_size))
+            result = None
         self.step += 1
         return result
 
@@ -234,7 +250,7 @@ class Trainer:
 
     def validation_loss(self) -> float:
         """Mean loss per token over the first eval_iters global batches of the validation split, in nats."""
-        sampler = self._sampler(consumed=0)
+        sampler = self._sampler()
         total = tokens = 0.0
         with Loader(self._dataset("valid"), sampler) as loader:
             for _ in range(self.config.training.eval_iters):
@@ -281,6 +297,8 @@ class Trainer:
             "optimizer": self.engine.optimizer.state_dict(),
             "loader": self.loader.state_dict(),
             "seed": self.config.training.seed,
+            "skipped": self.skipped.state_dict(),
+            "spikes": self.spikes.state_dict(),
             "vocab_size": self.vocab_size,
         }
 
@@ -313,6 +331,8 @@ class Trainer:
             self.engine.optimizer.load_state_dict(reader.state["optimizer"])
         self.step = int(reader.state["step"])
         self.loader.load_state_dict(reader.state["loader"])
+        self.skipped.load_state_dict(reader.state.get("skipped", {}))
+        self.spikes.load_state_dict(reader.state.get("spikes", {}))
         self._last_good = f"step {reader.step} in {wanted.load_directory}"
         consumed = reader.state["loader"]["consumed_samples"]
         logger.info("resuming after step %d (%d samples) from %s", self.step, consumed, wanted.load_directory)

@@ -1,7 +1,9 @@
 """What a disk may hold after a power cut: synced things for sure, of the rest any part, in any order."""
 
-import random
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import combinations
+from math import prod
 from pathlib import Path
 
 from tests.checkpoint.samples import Operation
@@ -9,21 +11,30 @@ from tests.checkpoint.samples import Operation
 
 @dataclass
 class File:
-    data: bytes = b""
-    synced: bytes = b""
+    """synced: so many bytes are on the disk for sure; ends: where each write ended."""
 
-    def after_cut(self, rng: random.Random) -> bytes:
-        """Synced bytes stay; later ones are there, lost, cut short or zero."""
-        if self.data == self.synced:
-            return self.data
-        tail = self.data[len(self.synced) :]
-        cut = rng.randint(0, len(tail))
-        return self.synced + rng.choice([b"", tail, tail[:cut], tail[:cut] + bytes(len(tail) - cut)])
+    data: bytes = b""
+    synced: int = 0
+    ends: list[int] = field(default_factory=list)
+
+    def write(self, data: bytes) -> None:
+        self.data += data
+        self.ends.append(len(self.data))
+
+    def contents(self) -> list[bytes]:
+        """The synced bytes, then none, some or all later writes, and each of these with zeros up to the full length."""
+        kept = [self.data[:end] for end in (self.synced, *self.ends) if end >= self.synced]
+        filled = [part + bytes(len(self.data) - len(part)) for part in kept]
+        return list(dict.fromkeys(kept + filled))
 
 
 @dataclass
 class Link:
     target: str
+
+
+# what becomes of which name; a rename gives the node a new one
+Change = tuple[str, str, "Node | None", str]
 
 
 @dataclass
@@ -32,36 +43,40 @@ class Folder:
 
     names: dict[str, "Node"] = field(default_factory=dict)
     synced: dict[str, "Node"] = field(default_factory=dict)
-    pending: list[tuple[str, str, "Node | None"]] = field(default_factory=list)
+    pending: list[Change] = field(default_factory=list)
 
     def change(self, kind: str, name: str, node: "Node | None" = None, new_name: str = "") -> None:
-        change = (f"{kind}:{new_name}", name, node)
+        change = (kind, name, self.names[name] if kind == "rename" else node, new_name)
         self.pending.append(change)
         apply(self.names, change)
 
     def sync(self) -> None:
         self.synced, self.pending = dict(self.names), []
 
-    def after_cut(self, rng: random.Random, kept: float) -> dict[str, "Node"]:
+    def namings(self) -> Iterator[dict[str, "Node"]]:
         """Each change since the last sync may have reached the disk or not; a rename does so as a whole."""
-        names = dict(self.synced)
-        for change in self.pending:
-            if rng.random() < kept:
-                apply(names, change)
-        return names
+        known = set()
+        for count in range(len(self.pending) + 1):
+            for kept in combinations(self.pending, count):
+                names = dict(self.synced)
+                for change in kept:
+                    apply(names, change)
+                key = frozenset((name, id(node)) for name, node in names.items())
+                if key not in known:
+                    known.add(key)
+                    yield names
 
 
 Node = File | Link | Folder
 
 
-def apply(names: dict[str, Node], change: tuple[str, str, Node | None]) -> None:
-    kind, _, new_name = change[0].partition(":")
-    if kind == "add" and change[2] is not None:
-        names[change[1]] = change[2]
-    elif kind == "remove":
-        names.pop(change[1], None)
-    elif kind == "rename" and change[1] in names:
-        names[new_name] = names.pop(change[1])
+def apply(names: dict[str, Node], change: Change) -> None:
+    kind, name, node, new_name = change
+    if kind != "add":
+        names.pop(name, None)
+    if node is not None:
+        # a rename may be on the disk without what came before it, so it brings its node along
+        names[new_name or name] = node
 
 
 def read_disk(folder: Path) -> Folder:
@@ -73,7 +88,7 @@ def read_disk(folder: Path) -> Folder:
         elif path.is_dir():
             found.names[path.name] = read_disk(path)
         else:
-            found.names[path.name] = File(path.read_bytes(), path.read_bytes())
+            found.names[path.name] = File(path.read_bytes(), path.stat().st_size)
     found.sync()
     return found
 
@@ -109,22 +124,48 @@ def play(root: Folder, operation: Operation) -> None:
             file = parent.names[path.name]
             assert isinstance(file, File)
             if operation.kind == "write":
-                file.data += operation.data
+                file.write(operation.data)
             else:
-                file.synced = file.data
+                file.synced = len(file.data)
 
 
-def surviving(folder: Folder, rng: random.Random | None = None, kept: float = 1.0) -> Folder:
-    """What is left of it: all (no rng: the process was killed), or what a power cut leaves."""
-    names: dict[str, Node] = {}
-    for name, node in (folder.names if rng is None else folder.after_cut(rng, kept)).items():
-        if isinstance(node, Folder):
-            names[name] = surviving(node, rng, kept)
-        elif isinstance(node, File):
-            names[name] = File(node.data if rng is None else node.after_cut(rng))
-        else:
-            names[name] = node
-    return Folder(names)
+def is_looked_at(name: str) -> bool:
+    """Whether the reader may care for this name in a folder of checkpoints."""
+    return name == "latest" or (name.startswith("step_") and ".tmp-" not in name)
+
+
+def survivors(root: Folder) -> Iterator[Folder]:
+    """All that a kill or a power cut can leave in a folder of checkpoints, without what the reader never looks at."""
+    for names in root.namings():
+        for nodes in _together([(name, node) for name, node in names.items() if is_looked_at(name)]):
+            yield Folder(nodes)
+
+
+def _together(entries: list[tuple[str, Node]]) -> Iterator[dict[str, Node]]:
+    if not entries:
+        yield {}
+        return
+    name, node = entries[0]
+    for found in _left_of(node):
+        for others in _together(entries[1:]):
+            yield {name: found, **others}
+
+
+def _left_of(node: Node) -> Iterator[Node]:
+    if isinstance(node, Folder):
+        for names in node.namings():
+            yield from map(Folder, _together(list(names.items())))
+    elif isinstance(node, File):
+        yield from map(File, node.contents())
+    else:
+        yield node
+
+
+def count_survivors(node: Node) -> int:
+    """How many states there are of all that is below, also of what the reader never looks at."""
+    if isinstance(node, Folder):
+        return sum(prod(map(count_survivors, names.values())) for names in node.namings())
+    return len(node.contents()) if isinstance(node, File) else 1
 
 
 def put_on_disk(folder: Folder, where: Path) -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import time
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -102,6 +103,7 @@ class Operation:
     path: str
     other: str = ""
     data: bytes = b""
+    done_ns: int = 0  # on the clock that all processes share
 
 
 class RecordingStorage(HastyStorage):
@@ -114,7 +116,7 @@ class RecordingStorage(HastyStorage):
 
     def _note(self, kind: str, path: Path | str, other: str = "", data: bytes = b"") -> None:
         name = os.path.relpath(path, self._root) if isinstance(path, Path) else path
-        self.operations.append(Operation(kind, name, other, data))
+        self.operations.append(Operation(kind, name, other, data, time.monotonic_ns()))
 
     def make_dir(self, path: Path) -> None:
         super().make_dir(path)

@@ -10,6 +10,7 @@ from megatron_moe.config import errors
     [
         ("ConfigError", 2),
         ("NonFiniteError", 16),
+        ("SpikeError", 16),
         ("ReplicaError", 16),
         ("NoCheckpointError", 64),
         ("DataError", 65),

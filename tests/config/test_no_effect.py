@@ -230,6 +230,17 @@ CASES: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
         "when hangs are not looked for; leave it out, or give --hang-timeout-s",
         {"parallel.hang_timeout_s": 30.0},
     ),
+    (
+        {"training.nonfinite_action": "skip", "training.check_for_nan_in_loss_and_grad": False},
+        "--nonfinite-action skip (from the recipe) has no effect with --no-check-for-nan-in-loss-and-grad",
+        {"training.check_for_nan_in_loss_and_grad": True},
+    ),
+    (
+        {"training.max_skipped_steps": 3},
+        "when no step is ever skipped; leave it out",
+        {"training.nonfinite_action": "skip"},
+    ),
+    ({"training.spike_window": 64}, "give --spike-sigma.", {"training.spike_sigma": 6.0}),
     ({"training.eval_iters": 5}, "give --eval-interval.", {"training.eval_interval": 10}),
     (
         {"training.eval_interval": 5, "data.split": "1,0,0"},

@@ -39,3 +39,18 @@ def test_batches_that_do_not_divide_are_refused(global_batch: int, micro: int, d
 def test_a_negative_count_is_refused() -> None:
     with pytest.raises(ConfigError, match="-1"):
         Sampler(global_batch_size=1, micro_batch_size=1, consumed=-1)
+
+
+def test_samples_that_are_left_out_are_read_by_no_step_on_any_layout() -> None:
+    left_out = [range(8), range(16, 24), range(24, 28)]
+    for dp_size in (1, 2):
+        read: list[int] = []
+        samplers = [
+            Sampler(global_batch_size=4, micro_batch_size=2, dp_rank=rank, dp_size=dp_size, left_out=left_out)
+            for rank in range(dp_size)
+        ]
+        for _ in range(4):
+            read += sorted(sample for sampler in samplers for part in sampler.microbatches() for sample in part)
+            for sampler in samplers:
+                sampler.advance()
+        assert read == [*range(8, 16), *range(28, 36)]

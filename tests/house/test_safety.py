@@ -3,12 +3,31 @@
 import pytest
 from goals import Trials
 
-from tests.house.safety import pickles, remote_code, shells, skippable_checks
-from tests.house.sources import PRODUCT, Rule, broken, files
+from tests.house.floors import imports
+from tests.house.safety import PICKLE_FILE, pickles, remote_code, shells, skippable_checks
+from tests.house.sources import PRODUCT, ROOT, Rule, broken, files
+
+# who may import the loaders: the child process, and what it alone is made of
+CHILD = {"megatron_moe/convert/megatron/opener.py", "megatron_moe/convert/megatron/metadata.py"}
 
 
-def test_nothing_is_pickled() -> None:
-    assert broken(pickles, files((".py",), PRODUCT)) == []
+def test_nothing_is_pickled_but_by_the_loaders_of_the_converters_child() -> None:
+    found = broken(pickles, files((".py",), PRODUCT))
+    assert [line for line in found if not line.startswith(f"{PICKLE_FILE}:")] == []
+    assert len(found) == 1
+    assert "import of pickle" in found[0]
+
+
+def test_the_loaders_of_pickles_are_imported_by_the_child_alone() -> None:
+    """What the child is made of is imported by nothing else, so no other process can open a pickle."""
+    places = {path.relative_to(ROOT).with_suffix(""): path for path in files((".py",), PRODUCT)}
+    modules = {".".join(place.parts): path for place, path in places.items()}
+    closed = {PICKLE_FILE, *CHILD}
+    names = {file.removesuffix(".py").replace("/", ".") for file in closed}
+    for module, path in modules.items():
+        if str(path.relative_to(ROOT)) not in closed:
+            told = {item.name for item in imports(path.read_text(encoding="utf-8"), module)}
+            assert not {one for one in told if any(one == name or one.startswith(f"{name}.") for name in names)}, module
 
 
 @pytest.mark.goal("R16", ci=1, nightly=1, what="no assert checks anything: python -O refuses what python refuses")
