@@ -102,7 +102,7 @@ def _accumulate_nowhere(self: ShardedParameter, gradients: torch.Tensor) -> None
     self.own_gradients = gradients
 
 
-def _local_norm(buckets: Any) -> float:
+def _local_norm(buckets: Any, health: torch.Tensor | None = None) -> float:
     return float(sum(float(bucket.own_gradients.square().sum()) for bucket in buckets.buckets) ** 0.5)
 
 
