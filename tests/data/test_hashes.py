@@ -159,7 +159,13 @@ def test_hashes_never_stand_beside_tokens_that_are_not_theirs(pair: Path, monkey
         writer.add_document([1, 2, 3])
         writer.finish()
     assert not hashes_path(pair).exists()
-    assert IndexedDataset(pair).sequence(0).tolist() == [1, 2, 3]
+    with pytest.raises(DataError, match="no corpus at"):
+        IndexedDataset(pair)
+    monkeypatch.undo()
+    with IndexedDatasetWriter(pair, dtype=np.dtype(np.uint16), overwrite=True) as writer:
+        writer.add_document([1, 2, 3])
+        writer.finish()
+    assert IndexedDataset(pair).sequence(0).tolist() == [1, 2, 3] and hashes_path(pair).exists()
 
 
 HOSTILE = {
