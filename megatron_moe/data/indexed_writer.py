@@ -47,7 +47,7 @@ class IndexedDatasetWriter:
         self._partial_paths = [Path(f"{path}.partial") for path in (bin_path(prefix), idx_path(prefix))]
         self._blocks = BlockHasher()
         # killed between its two renames, a writer leaves the one without the other: no pair, and nobody's
-        self._half_published = self._partial_paths[1].exists() and not idx_path(prefix).exists()
+        self._half_published = os.path.exists(self._partial_paths[1]) and not os.path.exists(idx_path(prefix))
         self._refuse_existing()
         self._bin = _open_partial(self._partial_paths[0])
 
