@@ -103,8 +103,7 @@ def test_a_kill_during_a_save_loses_at_most_one_interval(background: bool, trial
         outcomes[outcome] += 1
         check(root, began.last, saved.last)
         shutil.rmtree(root)
-    # on a busy machine a child may be done before its time comes; those at named points are killed always
-    assert outcomes[KILLED] > trials.done // 3, outcomes
+    assert outcomes[KILLED] > trials.done // 2, outcomes
     assert leaked(before) == []
 
 

@@ -47,4 +47,4 @@ def test_the_others_end_and_name_rank_host_process_and_signal(trials: Trials, tm
     trials.notes["median until all ended (s)"] = round(statistics.median(took), 3)
     trials.notes["longest (s)"] = round(max(took), 3)
     # the bar is one second; the machine of the test may be busy
-    assert statistics.median(took) < 30.0  # a net: how long it took is noted
+    assert statistics.median(took) < 5.0
