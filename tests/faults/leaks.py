@@ -1,10 +1,14 @@
 """What must not stay behind when a job, or a part of it, was killed."""
 
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_moe.launch import children
+
+# other programs of this machine use shared memory too, for moments; what was left behind stays
+GRACE_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,7 @@ class Held:
             frozenset(children(os.getpid())),
             len(os.listdir("/proc/self/fd")),
             frozenset(_ports()),
-            frozenset(name for name in _listed("/dev/shm") if name.startswith(("torch_", "psm_", "sem.mp-"))),
+            segments(),
         )
 
 
@@ -31,9 +35,18 @@ def leaked(before: Held, *, slack: int = 0) -> list[str]:
     after = Held.now()
     found = [f"child process {child}" for child in after.children - before.children]
     found += [f"listening on {port}" for port in after.ports - before.ports]
-    found += [f"/dev/shm/{name}" for name in after.shared_memory - before.shared_memory]
+    stays, until = after.shared_memory - before.shared_memory, time.monotonic() + GRACE_S
+    while stays and time.monotonic() < until:
+        time.sleep(0.05)
+        stays &= segments()
+    found += [f"/dev/shm/{name}" for name in stays]
     more = after.handles - before.handles
     return found + ([f"{more} file handles"] if more > slack else [])
+
+
+def segments() -> frozenset[str]:
+    """Shared memory and semaphores, by name."""
+    return frozenset(name for name in _listed("/dev/shm") if name.startswith(("torch_", "psm_", "sem.mp-")))
 
 
 def _listed(folder: str) -> list[str]:

@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import time
+from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -57,6 +58,24 @@ def save_all(writer: CheckpointWriter, began: Progress, saved: Progress) -> None
     writer.finish()
 
 
+def saves(root: Path, plan: FaultPlan, began: Progress, saved: Progress, background: bool) -> None:
+    """The work of a child."""
+    storage = FaultyStorage(Faults(plan, 0))
+    save_all(CheckpointWriter(root, ALONE, 2, "run", storage, background=background), began, saved)
+
+
+def undisturbed_s(whole: Path, folder: Path, background: bool) -> float:
+    """How long a child takes that nobody kills."""
+    root = folder / "undisturbed"
+    shutil.copytree(whole, root, symlinks=True)
+    progress = Progress(folder / "began"), Progress(folder / "saved")
+    started = time.monotonic()
+    assert in_child(partial(saves, root, FaultPlan(), *progress, background), under=root, log=folder / "log") == DONE
+    took = time.monotonic() - started
+    shutil.rmtree(root)
+    return took
+
+
 def draw(rng: Random, number: int) -> FaultPlan:
     """Every other trial at a named point, in turn; the other half at a random time."""
     if number % 2:
@@ -82,23 +101,18 @@ def test_a_kill_during_a_save_loses_at_most_one_interval(background: bool, trial
     whole = tmp_path / "whole"
     save_sample(whole, 1)
     outcomes = {KILLED: 0, DONE: 0}
-    usual_s = 0.02
+    usual_s = 0.0
     for number, rng in trials:
         root = tmp_path / str(number)
         shutil.copytree(whole, root, symlinks=True)
-        began, saved = Progress(tmp_path / "began"), Progress(tmp_path / "saved")
         plan = draw(rng, number)
-
-        def work(root: Path = root, plan: FaultPlan = plan, began: Progress = began, saved: Progress = saved) -> None:
-            storage = FaultyStorage(Faults(plan, 0))
-            writer = CheckpointWriter(root, ALONE, 2, "run", storage, background=background)
-            save_all(writer, began, saved)
-
-        started = time.monotonic()
-        after = None if plan.faults else rng.uniform(0, 1.2 * usual_s)
+        if not plan.faults:
+            # the whole of it, so that kills are spread over all of its time; how long it takes depends on the machine
+            usual_s = usual_s or undisturbed_s(whole, tmp_path, background)
+        after = None if plan.faults else rng.uniform(0, usual_s)
+        began, saved = Progress(tmp_path / "began"), Progress(tmp_path / "saved")
+        work = partial(saves, root, plan, began, saved, background)
         outcome = in_child(work, after_s=after, under=root, log=tmp_path / "log")
-        if outcome == DONE:
-            usual_s = time.monotonic() - started
         assert outcome != FAILED, (str(plan), (tmp_path / "log").read_text())
         outcomes[outcome] += 1
         check(root, began.last, saved.last)
