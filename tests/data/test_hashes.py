@@ -147,6 +147,12 @@ def test_merging_reads_only_what_is_right_and_writes_hashes(pair: Path, tmp_path
     assert not list(tmp_path.glob("again*"))
 
 
+def test_a_pair_whose_tokenizer_nobody_told_has_the_file_that_it_had_before_they_were_told(pair: Path) -> None:
+    table = json.loads(hashes_path(pair).read_bytes())
+    assert set(table) == {"format", "idx_xxh3_128", "bin_bytes", "block_bytes", "blocks_xxh3_128", "xxh3_128"}
+    assert IndexedDataset(pair).tokenizer_fingerprint() is None
+
+
 def test_hashes_never_stand_beside_tokens_that_are_not_theirs(pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def cut_off(path: Path, content: bytes) -> None:
         raise KeyboardInterrupt
