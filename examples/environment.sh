@@ -30,6 +30,14 @@ take_environment_options() {
     done
 }
 
+# Prints the script's own `usage` and ends, if the first of the other arguments asks for it.
+answer_help() {
+    if [[ ${rest[0]:-} == -h || ${rest[0]:-} == --help ]]; then
+        usage
+        exit 0
+    fi
+}
+
 milliseconds() {
     date +%s%3N
 }

@@ -18,10 +18,7 @@ TEXT
 
 venv="" torch_index="" rest=()
 take_environment_options "$@"
-if [[ ${rest[0]:-} == -h || ${rest[0]:-} == --help ]]; then
-    usage
-    exit 0
-fi
+answer_help
 
 cd "$REPOSITORY"
 stage "environment ready: $venv" make_environment test "$venv" "$torch_index"

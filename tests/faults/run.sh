@@ -22,10 +22,7 @@ TEXT
 
 venv="" torch_index="" rest=()
 take_environment_options "$@"
-if [[ ${rest[0]:-} == -h || ${rest[0]:-} == --help ]]; then
-    usage
-    exit 0
-fi
+answer_help
 json="$(mktemp -d)/goals.json" arguments=()
 for ((number = 0; number < ${#rest[@]}; number++)); do
     if [[ ${rest[number]} == --json ]]; then

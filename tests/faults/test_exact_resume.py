@@ -1,7 +1,6 @@
 """A new process that loads a checkpoint goes on bit for bit as the one that wrote it, with every way of routing."""
 
 import itertools
-import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +15,6 @@ from ranks import run_on_ranks
 from megatron_moe.certify.layouts import ETP, LAYOUTS, TP
 from megatron_moe.certify.tiny_model import GLOBAL_BATCH, VOCAB, samples, tiny_config
 from megatron_moe.checkpoint.load import find_checkpoint
-from megatron_moe.checkpoint.save import CheckpointWriter
 from megatron_moe.config.run import RunConfig
 from megatron_moe.data.batch import Batch
 from megatron_moe.data.loader import Loader
@@ -26,8 +24,8 @@ from megatron_moe.parallel.state import Groups, ParallelState
 from megatron_moe.report.router_list import example_fields
 from megatron_moe.training.engine import Engine, grid_of
 from megatron_moe.training.validate import validate
-from tests.checkpoint.samples import HastyStorage
 from tests.end_to_end.tiny_job import hash_of
+from tests.faults.engine_files import save_engine, with_steps
 
 pytestmark = pytest.mark.timeout(7200)
 
@@ -81,9 +79,9 @@ class Case:
         parallel = dict(layout.parallel)
         if TP in parallel and self.method in UNSPLIT:
             parallel[ETP] = 1
-        fields = tiny_config(moe, parallel, {"num_layers": 2}, at_once, dtype=self.dtype).to_dict()
-        fields["training"]["train_iters"] = LAST_SAVE + AFTER
-        config = RunConfig.from_json(json.dumps(fields))
+        config = with_steps(
+            tiny_config(moe, parallel, {"num_layers": 2}, at_once, dtype=self.dtype), LAST_SAVE + AFTER
+        )
         validate(config)
         return config
 
@@ -122,12 +120,7 @@ class Run:
         return f"{self.step} {hash_of(self.engine, self.loader)}"
 
     def save(self, folder: Path) -> None:
-        engine = self.engine
-        writer = CheckpointWriter(folder, engine.state.world, None, "run", HastyStorage(), background=False)
-        parts = {"model": engine.weight_blocks(), "optim": engine.optimizer.blocks()}
-        state = {"step": self.step, "optimizer": engine.optimizer.state_dict(), "loader": self.loader.state_dict()}
-        writer.save(self.step, parts, state, engine.config.to_json(), {})
-        assert writer.last_error is None
+        save_engine(self.engine, folder, self.step, step=self.step, loader=self.loader.state_dict())
 
     def load(self, folder: Path, forget: str) -> None:
         engine = self.engine

@@ -1,6 +1,5 @@
 """A checkpoint of any layout loads on any other: the same bits in every logical tensor, and the run goes on alike."""
 
-import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,6 @@ from megatron_moe.certify.combinations import layouts
 from megatron_moe.certify.tiny_model import GLOBAL_BATCH, VOCAB, pairs, samples, tiny_config
 from megatron_moe.certify.tiny_run import TOLERANCE
 from megatron_moe.checkpoint.load import find_checkpoint
-from megatron_moe.checkpoint.save import CheckpointWriter
 from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.run import RunConfig
 from megatron_moe.config.world import check_world
@@ -24,7 +22,7 @@ from megatron_moe.data.sampler import Sampler
 from megatron_moe.parallel.state import Groups, ParallelState
 from megatron_moe.training.engine import Engine, grid_of
 from megatron_moe.training.validate import validate
-from tests.checkpoint.samples import HastyStorage
+from tests.faults.engine_files import save_engine, with_steps
 from tests.faults.slow_reader import differences, read_tensors
 
 pytestmark = pytest.mark.timeout(7200)
@@ -74,9 +72,8 @@ class Run:
             layout.micro_batch_size,
             dtype=fields.get("dtype", "fp64"),
             encoder_moe=fields.get("encoder_moe"),
-        ).to_dict()
-        made["training"]["train_iters"] = STEPS
-        return RunConfig.from_json(json.dumps(made))
+        )
+        return with_steps(made, STEPS)
 
     @property
     def tolerance(self) -> float:
@@ -109,13 +106,6 @@ def train(engine: Engine, config: RunConfig, steps: range) -> list[float]:
     return losses
 
 
-def save(engine: Engine, folder: Path) -> None:
-    writer = CheckpointWriter(folder, engine.state.world, None, "run", HastyStorage(), background=False)
-    parts = {"model": engine.weight_blocks(), "optim": engine.optimizer.blocks()}
-    writer.save(SAVED, parts, {"optimizer": engine.optimizer.state_dict()}, engine.config.to_json(), {})
-    assert writer.last_error is None
-
-
 def load(engine: Engine, folder: Path) -> None:
     reader = find_checkpoint(folder, None, engine.state.world)
     engine.fill_weights(reader.fill_all)
@@ -143,7 +133,7 @@ def work(rank: int, world_size: int, tasks: Sequence[Task]) -> list[list[float]]
             train(engine, config, range(SAVED))
         else:
             load(engine, task.loaded)
-        save(engine, task.saved)
+        save_engine(engine, task.saved, SAVED)
         found.append(train(engine, config, range(SAVED, STEPS)))
     return found
 
