@@ -120,7 +120,7 @@ class Run:
         return f"{self.step} {hash_of(self.engine, self.loader)}"
 
     def save(self, folder: Path) -> None:
-        save_engine(self.engine, folder, self.step, step=self.step, loader=self.loader.state_dict())
+        save_engine(self.engine, folder, self.step, {"step": self.step, "loader": self.loader.state_dict()})
 
     def load(self, folder: Path, forget: str) -> None:
         engine = self.engine
