@@ -19,6 +19,7 @@ from megatron_moe.parallel.state import ParallelState
 from megatron_moe.parallel.summary import note_for_torchrun
 from megatron_moe.training.console import setup_logging
 from megatron_moe.training.engine import grid_of
+from megatron_moe.training.signals import StopSignals
 from megatron_moe.training.together import together
 from megatron_moe.training.trainer import Trainer
 from megatron_moe.training.validate import validate
@@ -85,7 +86,9 @@ def _train(config: RunConfig, place: Place, device: torch.device, notes: Sequenc
             logger.info("configuration (value, and who set it):\n%s", config.explain())
             for note in notes:
                 logger.warning(note)
-    return Trainer(config, state, device, watch).run()
+    # from here on the ranks can agree to stop; before, a signal ends them at once
+    with StopSignals.of(config.training) as signals:
+        return Trainer(config, state, device, watch).run(signals)
 
 
 def _tell(error: MegatronMoEError, speaks: bool) -> int:

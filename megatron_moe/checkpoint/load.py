@@ -62,6 +62,12 @@ def examine(folder: Path, step: int, world: Axis, device: torch.device, check: C
     return "; ".join(found[:3]) if found else Examined(folder, manifest, papers)
 
 
+def all_stored_steps(root: Path, world: Axis, device: torch.device) -> list[int]:
+    """`stored_steps` as the first rank sees them. Collective."""
+    mine = json.dumps(stored_steps(root)) if world.is_first else ""
+    return list(json.loads(told_by_first(mine, world, device)))
+
+
 def find_checkpoint(
     root: Path,
     step: int | None,
@@ -71,6 +77,7 @@ def find_checkpoint(
     check: Check = "xxh3",
     device: torch.device | None = None,
     damaged: Mapping[int, str] | None = None,
+    at_most: int | None = None,
 ) -> "CheckpointReader":
     """The newest checkpoint that is whole, or that of `step`. Collective.
 
@@ -79,10 +86,13 @@ def find_checkpoint(
     `fill_all` raise DamagedError when it is not what was stored. The caller then asks for another one, and lets the
     one that proves whole tell of those that were passed over (`tell_passed_over`).
     damaged: steps that were found so, and why; they are not looked at.
+    at_most: later steps are no candidates.
     Raises NoCheckpointError when there is none.
     """
     place = device or torch.device("cpu")
-    steps: list[int] = json.loads(told_by_first(json.dumps(stored_steps(root)) if world.is_first else "", world, place))
+    steps = all_stored_steps(root, world, place)
+    if at_most is not None:
+        steps = [found for found in steps if found <= at_most]
     wanted = steps if step is None else [found for found in steps if found == step]
     broken: list[str] = []
     for candidate in wanted:

@@ -105,10 +105,15 @@ class Rotation:
         self._valid.add(committed)
         steps = [step for step in stored_steps(self._root) if self._is_valid(step)]
         for step in steps[self._keep :]:
-            if step == committed:
-                continue
-            if remove_step(self._storage, self._root, step):
-                self._valid.discard(step)
+            if step != committed:
+                self.forget(step)
+
+    def forget(self, step: int) -> bool:
+        """Remove the checkpoint of a step; False if it stays, a failure is logged only."""
+        gone = remove_step(self._storage, self._root, step)
+        if gone:
+            self._valid.discard(step)
+        return gone
 
     def _is_valid(self, step: int) -> bool:
         if step not in self._valid:

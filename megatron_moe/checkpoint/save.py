@@ -24,7 +24,16 @@ from megatron_moe.checkpoint.host_memory import HostMemory
 from megatron_moe.checkpoint.load import examine
 from megatron_moe.checkpoint.manifest import PART_NAME, RUN_ID
 from megatron_moe.checkpoint.messages import all_ready, gather_to_first, told_by_first
-from megatron_moe.checkpoint.rotate import REMOVED, Rotation, discard, left_overs, point_latest, step_folder, sweep
+from megatron_moe.checkpoint.rotate import (
+    REMOVED,
+    Rotation,
+    discard,
+    left_overs,
+    point_latest,
+    step_folder,
+    stored_steps,
+    sweep,
+)
 from megatron_moe.checkpoint.snapshot import prepare_memory, take_snapshot
 from megatron_moe.checkpoint.storage import Storage, describe_failure, make_dirs
 from megatron_moe.checkpoint.stream import code_version
@@ -201,6 +210,24 @@ class CheckpointWriter:
                 self._preparation.wait()
             self._memory.release()
             self._wait_for_sweeper()
+
+    def go_back(self, step: int) -> None:
+        """Remove the checkpoints of later steps: the run goes on after `step`, and comes to them anew. Collective.
+
+        Waits for a save in flight.  Raises StorageError on all ranks when one stays.
+        """
+        self.finish()
+        problem = ""
+        if self._world.is_first:
+            later = [found for found in stored_steps(self._root) if found > step]
+            # the newest first: a kill in between leaves what the run came from
+            left = [found for found in later if not self._rotation.forget(found)]
+            if left:
+                problem = f"{step_folder(self._root, left[0])} cannot be removed, and the run went back to step {step}"
+        problem = told_by_first(problem, self._world, self._device)
+        if problem:
+            raise StorageError(f"{problem}. Remove it, and start again.")
+        self.last_step = step
 
     def _wait_for_sweeper(self) -> None:
         if self._sweeper:

@@ -26,6 +26,9 @@ class CheckpointConfig:
     )
     keep: int | None = option(None, "number of newest checkpoints that are kept; none = all", at_least=1)
     async_save: bool = option(True, "write in the background while training goes on")
+    strict_resume: bool = option(
+        False, "end with exit code 65 when the newest checkpoint is broken, instead of going on from an older one"
+    )
     ckpt_step: int | None = option(None, "read the checkpoint of this step, not the newest", at_least=0)
     finetune: bool = option(False, "read the weights only, and start at step 0 with a fresh optimizer")
     no_load_optim: bool = option(False, "read no optimizer state; the step and the data position are kept")

@@ -34,7 +34,7 @@ WSD = ("optimizer.lr_wsd_decay_iters", "optimizer.lr_wsd_decay_style")
 SPANS = ("data.noise_density", "data.mean_noise_span_length", "data.vocab_extra_ids")
 DECAY = ("optimizer.min_lr", "optimizer.lr_decay_iters")
 ROTARY = ("model.rotary_base", "model.rotary_percent")
-LOADING = ("ckpt_step", "finetune", "no_load_optim", "exit_on_missing_checkpoint")
+LOADING = ("ckpt_step", "strict_resume", "finetune", "no_load_optim", "exit_on_missing_checkpoint")
 NODES = ("parallel.expert_model_parallel_ranks_per_node",)
 
 
@@ -203,9 +203,19 @@ RULES = (
         "when no step is ever skipped; leave it out, or give --nonfinite-action skip or --spike-sigma",
     ),
     Rule(
-        ("training.spike_window",),
+        ("training.spike_window", "training.spike_action"),
         lambda run: run.training.spike_sigma is None,
         "when spikes are not looked for; leave it out, or give --spike-sigma",
+    ),
+    Rule(
+        ("training.spike_action",),
+        lambda run: run.training.spike_action == "rewind" and run.checkpoint.save_interval is None,
+        "without checkpoints to go back to; leave it out, or give --save and --save-interval",
+    ),
+    Rule(
+        ("training.spike_rewind_steps",),
+        lambda run: run.training.spike_action == "skip",
+        "when no spike leads back to a checkpoint; leave it out, or give --spike-action rewind",
     ),
     Rule(
         ("training.eval_iters",),
@@ -226,6 +236,11 @@ RULES = (
         tuple(f"checkpoint.{name}" for name in LOADING),
         lambda run: run.checkpoint.load is None,
         "without a directory to load from; leave it out, or give --load",
+    ),
+    Rule(
+        ("checkpoint.strict_resume",),
+        lambda run: run.checkpoint.ckpt_step is not None,
+        "with --ckpt-step, for which no other checkpoint is taken anyway; leave it out",
     ),
     Rule(
         ("checkpoint.no_load_optim",),

@@ -44,8 +44,25 @@ class TrainingConfig:
         "steps; none = learn from every step",
         above=0,
     )
+    spike_action: str = option(
+        "skip",
+        "what follows such a step; skip: it updates nothing, and its samples count as read; rewind: back to an older "
+        "checkpoint in --save, and on from there behind the samples of the spike, without those read since; as skip "
+        "while there is no checkpoint",
+        choices=("skip", "rewind"),
+    )
+    spike_rewind_steps: int = option(
+        100,
+        "--spike-action rewind goes back to the newest checkpoint at least so many steps before the spike; to the "
+        "oldest if there is none",
+        at_least=1,
+    )
     spike_window: int = option(128, "steps of which --spike-sigma knows mean and deviation", at_least=4)
-    max_skipped_steps: int = option(5, "stop with exit code 16 rather than skip more steps in a row", at_least=1)
+    max_skipped_steps: int = option(
+        5,
+        "stop with exit code 16 rather than skip more steps in a row, or go back to one checkpoint more often",
+        at_least=1,
+    )
     skip_samples: tuple[str, ...] = option(
         (),
         "samples of the run that no step reads, FIRST-LAST each, whole global batches in ascending order: to go on "

@@ -51,6 +51,11 @@ class Sampler:
         return self.past(consumed + self.global_batch_size)
 
     @property
+    def next_step(self) -> range:
+        """Samples of the next step, over all ranks."""
+        return range(self.consumed, self.consumed + self.global_batch_size)
+
+    @property
     def num_microbatches(self) -> int:
         """Microbatches of one step on this rank."""
         return self.global_batch_size // (self.micro_batch_size * self.dp_size)

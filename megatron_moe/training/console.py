@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,3 +84,21 @@ def setup_logging(rank: int, log_dir: Path | None) -> None:
     for handler in handlers:
         handler.setFormatter(form)
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, handlers=handlers, force=True)
+
+
+class Pace:
+    """Time since the last log line."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        self._start = time.monotonic()
+        self._steps = 0
+
+    def step(self) -> None:
+        """One more was made."""
+        self._steps += 1
+
+    def seconds_per_step(self) -> float:
+        return (time.monotonic() - self._start) / max(1, self._steps)

@@ -35,10 +35,17 @@ def go_on(
 
     Each byte is read once and verified on its way: when that finds damage, the next older one fills all anew.
     Raises NoCheckpointError when one was required, and when there are some but none is whole; CheckpointError when the
-    step that was asked for is not.
+    step that was asked for is not, or with --strict-resume the newest.
     """
+    fill_from_newest(lambda damaged: _find_start(wanted, world, device, damaged), fill)
+
+
+def fill_from_newest(
+    find: Callable[[Mapping[int, str]], CheckpointReader | None], fill: Callable[[CheckpointReader], None]
+) -> None:
+    """Fill from what `find` finds, told which steps proved damaged and why, until one is whole. Collective."""
     damaged: dict[int, str] = {}
-    while (reader := _find_start(wanted, world, device, damaged)) is not None:
+    while (reader := find(damaged)) is not None:
         try:
             fill(reader)
         except DamagedError as error:
@@ -55,7 +62,15 @@ def _find_start(
         return None
     folder = Path(wanted.load_directory)
     try:
-        return find_checkpoint(folder, wanted.ckpt_step, world, check="on_read", device=device, damaged=damaged)
+        return find_checkpoint(
+            folder,
+            wanted.ckpt_step,
+            world,
+            strict=wanted.strict_resume,
+            check="on_read",
+            device=device,
+            damaged=damaged,
+        )
     except NoCheckpointError as error:
         if wanted.exit_on_missing_checkpoint or wanted.ckpt_step is not None:
             raise

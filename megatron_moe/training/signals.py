@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from megatron_moe.config.training import TrainingConfig
 from megatron_moe.parallel.state import Axis
 
 # SLURM and Kubernetes send the first, `scancel --signal` the second, a person at a terminal the third
@@ -32,6 +33,12 @@ class StopSignals:
         self._asked_at: float | None = None
         self._before: dict[signal.Signals, Any] = {}
         self.reason: str | None = None  # who asked, once the ranks agreed to stop
+
+    @classmethod
+    def of(cls, config: TrainingConfig) -> "StopSignals":
+        """What a run is told to watch for."""
+        switch = config.kill_switch_file
+        return cls(kill_switch=Path(switch) if switch else None)
 
     def __enter__(self) -> "StopSignals":
         for number in SIGNALS:

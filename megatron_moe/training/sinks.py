@@ -59,15 +59,24 @@ class Sinks:
 
     def __init__(self, log_dir: Path | None, tensorboard_dir: Path | None, start_step: int) -> None:
         """start_step: finished steps of the run that goes on; later lines in the files are dropped."""
+        self._log_dir, self._tensorboard_dir = log_dir, tensorboard_dir
         self._broken: set[str] = set()
         self._sinks: dict[str, Any] = {}
-        if log_dir is not None:
+        self._open_all(start_step)
+
+    def go_back(self, step: int) -> None:
+        """The run goes on after an earlier step: what was written since is dropped."""
+        self.close()
+        self._open_all(step)
+
+    def _open_all(self, start_step: int) -> None:
+        if self._log_dir is not None:
             for name in (METRICS, ROUTING):
-                self._guard(name, partial(self._open, name, JsonLines, log_dir / name, start_step))
-        if tensorboard_dir is not None:
+                self._guard(name, partial(self._open, name, JsonLines, self._log_dir / name, start_step))
+        if self._tensorboard_dir is not None:
             require("tensorboard", extra="log")
-            writer = require("torch.utils.tensorboard", extra="log").SummaryWriter
-            self._guard(BOARD, partial(self._open, BOARD, writer, str(tensorboard_dir), purge_step=start_step + 1))
+            writer, folder = require("torch.utils.tensorboard", extra="log").SummaryWriter, str(self._tensorboard_dir)
+            self._guard(BOARD, partial(self._open, BOARD, writer, folder, purge_step=start_step + 1))
 
     def __enter__(self) -> "Sinks":
         return self

@@ -1,4 +1,4 @@
-"""Steps that updated nothing: passed over up to a limit, remembered with their samples."""
+"""Steps that updated nothing, and ways back to an older checkpoint: up to a limit, remembered with their samples."""
 
 import logging
 from dataclasses import asdict, dataclass
@@ -12,12 +12,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SkippedStep:
-    """Samples first..last of the run were read and not learnt from. step: counted from 1."""
+    """Samples first..last of the run were read and not learnt from, or no more are. step: counted from 1."""
 
     step: int
     first_sample: int
     last_sample: int
     reason: str  # "not finite" or "spike"
+    back_to: int | None = None  # finished steps of the checkpoint that the run went back to; None: it went on
 
 
 class Skipped:
@@ -43,6 +44,19 @@ class Skipped:
         self.steps.append(SkippedStep(step, samples[0], samples[-1], "not finite" if of_numbers else "spike"))
         said = "step %d skipped (%d of at most %d in a row), samples %d to %d are not learnt from: %s"
         logger.warning(said, step, self.in_a_row, limit, samples[0], samples[-1], error)
+
+    def go_back(self, error: SpikeError, step: int, samples: range, back_to: int) -> None:
+        """The run went back from this step, and leaves out these samples; raises its error if that was too often."""
+        limit = self._config.max_skipped_steps
+        if sum(known.back_to == back_to for known in self.steps) >= limit:
+            raise SpikeError(
+                f"{error}\nStep {step} is a spike, and the run went back to step {back_to} {limit} times already, as "
+                f"often as --max-skipped-steps allows. Look at the samples, lower --lr, or go back further by hand."
+            ) from error
+        self.in_a_row = 0
+        self.steps.append(SkippedStep(step, samples[0], samples[-1], "spike", back_to))
+        said = "step %d: %s. Back to step %d, and on without some samples; by hand: --ckpt-step %d --skip-samples %d-%d"
+        logger.warning(said, step, error, back_to, back_to, samples[0], samples[-1])
 
     def made(self) -> None:
         """A step was learnt from."""

@@ -4,6 +4,7 @@ import json
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,14 @@ from megatron_moe.data.sampler import Sampler
 from megatron_moe.data.tokenizer import build_tokenizer
 from megatron_moe.parallel.blocks import Block
 from megatron_moe.parallel.state import ParallelState
-from megatron_moe.training.console import StepRecord, log_line
+from megatron_moe.training.console import Pace, StepRecord, log_line
 from megatron_moe.training.engine import Engine, StepResult
 from megatron_moe.training.flops import flops_per_token, formula_text, peak_flops
 from megatron_moe.training.gpu_monitor import GpuMonitor
 from megatron_moe.training.metrics import summarise_routing
 from megatron_moe.training.restarts import Restarts
 from megatron_moe.training.resume import check_place_to_save, check_same_data, check_same_run, go_on
+from megatron_moe.training.rewind import fill_back, way_back
 from megatron_moe.training.signals import StopSignals
 from megatron_moe.training.sinks import Sinks
 from megatron_moe.training.skipped import Skipped
@@ -124,10 +126,12 @@ class Trainer:
             device=self.device,
         )
 
-    def run(self) -> int:
-        """Train to the end, or until asked to stop; returns the exit code."""
-        switch = self.config.training.kill_switch_file
-        with StopSignals(kill_switch=Path(switch) if switch else None) as signals:
+    def run(self, watched: StopSignals | None = None) -> int:
+        """Train to the end, or until asked to stop; returns the exit code.
+
+        watched: signals that are looked out for already.
+        """
+        with nullcontext(watched) if watched else StopSignals.of(self.config.training) as signals:
             self.watch.enter("loading")
             self.restore()
             self.first_step = self.step
@@ -160,14 +164,19 @@ class Trainer:
     def _loop(self, sinks: Sinks, signals: StopSignals) -> None:
         num_steps = self.config.training.num_steps
         started = time.monotonic()
-        window = _Window()
+        pace = Pace()
         while self.step < num_steps:
-            self.watch.begins(self.step)
+            before = self.step
+            self.watch.begins(before)
             result = self.train_step()
             self.watch.finished(self.step)
+            if self.step < before:
+                sinks.go_back(self.step)
+                pace.restart()
+                continue
             if result is not None:
-                window.add(result)
-                self._log(result, window, sinks)
+                pace.step()
+                self._log(result, pace, sinks)
             self._validate(sinks)
             stop = signals.agreed(self.state.world, self.device)
             last = self.step == num_steps or self._planned_exit(started) or stop
@@ -182,19 +191,39 @@ class Trainer:
             self._restarts.progressed(self.writer.last_step)
 
     def train_step(self) -> StepResult | None:
-        """The next step of the run; None when it was skipped."""
+        """The next step of the run; None when it was skipped, or the run went back instead."""
         self.watch.enter("data")
-        first = self.loader.state_dict()["consumed_samples"]
+        samples = self.loader.sampler.next_step
         batches = self._next(self.loader)
         self.watch.enter("step")
         try:
             result: StepResult | None = self.engine.train_step(self.step, batches, self._last_good)
             self.skipped.made()
         except (NonFiniteError, SpikeError) as error:
-            self.skipped.skip(error, self.step + 1, range(first, first + self.config.training.global_batch_size))
+            if isinstance(error, SpikeError) and self._go_back(error):
+                return None
+            self.skipped.skip(error, self.step + 1, samples)
             result = None
         self.step += 1
         return result
+
+    def _go_back(self, error: SpikeError) -> bool:
+        """After a spike, if wanted and there is a checkpoint: on from there, behind the samples of the spike."""
+        training, world, wanted = self.config.training, self.state.world, self.config.checkpoint
+        if training.spike_action != "rewind" or self.writer is None or wanted.save is None:
+            return False
+        self._finish_saving()
+        self.watch.enter("loading")
+        root, spike, behind = Path(wanted.save), self.step + 1, self.loader.sampler.consumed
+        target = way_back(root, spike, training.spike_rewind_steps, world, self.device)
+        if target is None:
+            return False
+        fill_back(root, target, world, self.device, self._take_up)
+        left_out = range(self.loader.sampler.consumed, behind)
+        self.skipped.go_back(error, spike, left_out, self.step)
+        self.writer.go_back(self.step)
+        self.loader.load_state_dict({"consumed_samples": behind})
+        return True
 
     def _next(self, loader: Loader) -> list[Batch]:
         with together(self.state.world, self.device):
@@ -213,7 +242,7 @@ class Trainer:
                 write_whole(log_dir / "config.json", self.config.to_json())
         return Sinks(log_dir, Path(wanted.tensorboard_dir) if wanted.tensorboard_dir and speaks else None, self.step)
 
-    def _log(self, result: StepResult, window: "_Window", sinks: Sinks) -> None:
+    def _log(self, result: StepResult, pace: Pace, sinks: Sinks) -> None:
         first = self.step == self.first_step + 1
         if self.step % self.config.logging.log_interval and not first:
             return
@@ -223,7 +252,7 @@ class Trainer:
             total_steps=training.num_steps,
             consumed_samples=self.loader.state_dict()["consumed_samples"],
             global_batch_size=training.global_batch_size,
-            seconds=window.seconds_per_step(),
+            seconds=pace.seconds_per_step(),
             tokens=training.global_batch_size * self.config.data.tokens_of_a_sample,
             world_size=self.state.world.size,
             flops=self._flops * training.global_batch_size * self.config.data.tokens_of_a_sample,
@@ -237,7 +266,7 @@ class Trainer:
         )
         logger.info(log_line(record))
         sinks.write(record, result.metrics.layers)
-        window.restart()
+        pace.restart()
 
     def _validate(self, sinks: Sinks) -> None:
         interval = self.config.training.eval_interval
@@ -327,36 +356,30 @@ class Trainer:
             logger.info("weights of step %d read from %s; starting at step 0", reader.step, wanted.load_directory)
             return
         if not wanted.no_load_optim:
-            reader.fill_all(self.engine.optimizer.blocks(), "optim")
-            self.engine.optimizer.load_state_dict(reader.state["optimizer"])
-        self.step = int(reader.state["step"])
-        self.loader.load_state_dict(reader.state["loader"])
+            self._fill_optimizer(reader)
         self.skipped.load_state_dict(reader.state.get("skipped", {}))
-        self.spikes.load_state_dict(reader.state.get("spikes", {}))
-        self._last_good = f"step {reader.step} in {wanted.load_directory}"
+        self._go_on_after(reader)
         consumed = reader.state["loader"]["consumed_samples"]
         logger.info("resuming after step %d (%d samples) from %s", self.step, consumed, wanted.load_directory)
+
+    def _take_up(self, reader: CheckpointReader) -> None:
+        """All of a checkpoint of this run, but for which steps were skipped: that is history."""
+        self.engine.fill_weights(lambda blocks: reader.fill_all(blocks))
+        self._fill_optimizer(reader)
+        self._go_on_after(reader)
+
+    def _fill_optimizer(self, reader: CheckpointReader) -> None:
+        reader.fill_all(self.engine.optimizer.blocks(), "optim")
+        self.engine.optimizer.load_state_dict(reader.state["optimizer"])
+
+    def _go_on_after(self, reader: CheckpointReader) -> None:
+        self.step = int(reader.state["step"])
+        self.loader.load_state_dict(reader.state["loader"])
+        self.spikes.load_state_dict(reader.state.get("spikes", {}))
+        self._last_good = f"step {reader.step} in {reader.folder.parent}"
 
 
 def run_id(config: RunConfig) -> str:
     """A name for the run, the same on all ranks: what is trained, on what, from which seed."""
     text = json.dumps({name: config.to_dict()[name] for name in ("model", "moe", "data", "training")}, sort_keys=True)
     return xxhash.xxh3_64_hexdigest(text.encode())
-
-
-class _Window:
-    """Time since the last log line."""
-
-    def __init__(self) -> None:
-        self._start = time.monotonic()
-        self._steps = 0
-
-    def add(self, result: StepResult) -> None:
-        self._steps += 1
-
-    def seconds_per_step(self) -> float:
-        return (time.monotonic() - self._start) / max(1, self._steps)
-
-    def restart(self) -> None:
-        self._start = time.monotonic()
-        self._steps = 0

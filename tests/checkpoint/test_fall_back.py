@@ -125,7 +125,7 @@ class Told(logging.Handler):
         self.texts.append(record.getMessage())
 
 
-def load(case: Case, rank: int, world: Axis) -> int:
+def load(case: Case, rank: int, world: Axis, strict: bool = False) -> int:
     """The step from which this rank goes on, all its numbers being those of that step."""
     parts = rank_parts(rank, world.size, 0, fill=True)
     used: list[int] = []
@@ -137,9 +137,9 @@ def load(case: Case, rank: int, world: Axis) -> int:
 
     root = case.root_of(rank)
     if case.on_read:
-        go_on(CheckpointConfig(load=str(root)), world, torch.device("cpu"), fill)
+        go_on(CheckpointConfig(load=str(root), strict_resume=strict), world, torch.device("cpu"), fill)
     else:
-        fill(find_checkpoint(root, None, world))
+        fill(find_checkpoint(root, None, world, strict=strict))
     for part, blocks in rank_parts(rank, world.size, used[-1]).items():
         assert all(torch.equal(a.tensor, b.tensor) for a, b in zip(parts[part], blocks, strict=True))
     return used[-1]
@@ -148,7 +148,7 @@ def load(case: Case, rank: int, world: Axis) -> int:
 def refused(case: Case, rank: int, world: Axis) -> tuple[int, str]:
     """Exit code and message when no other than the newest may be used."""
     try:
-        find_checkpoint(case.root_of(rank), None, world, strict=True)
+        load(case, rank, world, strict=True)
     except CheckpointError as error:
         return error.exit_code, str(error).replace(str(case.root_of(rank)), "ROOT")
     return 0, "nobody noticed"

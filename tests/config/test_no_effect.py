@@ -241,6 +241,17 @@ CASES: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
         {"training.nonfinite_action": "skip"},
     ),
     ({"training.spike_window": 64}, "give --spike-sigma.", {"training.spike_sigma": 6.0}),
+    ({"training.spike_action": "skip"}, "give --spike-sigma.", {"training.spike_sigma": 6.0}),
+    (
+        {"training.spike_sigma": 6.0, "training.spike_action": "rewind"},
+        "without checkpoints to go back to; leave it out, or give --save and --save-interval",
+        {**SAVE, "checkpoint.save_interval": 10},
+    ),
+    (
+        {"training.spike_rewind_steps": 10},
+        "give --spike-action rewind.",
+        {**SAVE, "checkpoint.save_interval": 10, "training.spike_sigma": 6.0, "training.spike_action": "rewind"},
+    ),
     ({"training.eval_iters": 5}, "give --eval-interval.", {"training.eval_interval": 10}),
     (
         {"training.eval_interval": 5, "data.split": "1,0,0"},
@@ -252,6 +263,12 @@ CASES: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
     ({"checkpoint.max_restarts_without_progress": 5}, "--max-restarts-without-progress 5 (from the recipe)", SAVE),
     ({"checkpoint.ckpt_step": 5}, "without a directory to load from", LOAD),
     ({"checkpoint.finetune": True}, "without a directory to load from", LOAD),
+    ({"checkpoint.strict_resume": True}, "--strict-resume (from the recipe)", LOAD),
+    (
+        {**LOAD, "checkpoint.strict_resume": True, "checkpoint.ckpt_step": 3},
+        "with --ckpt-step, for which no other checkpoint is taken anyway",
+        {"checkpoint.ckpt_step": None},
+    ),
     ({"checkpoint.no_load_optim": True}, "--no-load-optim (from the recipe)", LOAD),
     ({"checkpoint.exit_on_missing_checkpoint": True}, "without a directory to load from", LOAD),
     (

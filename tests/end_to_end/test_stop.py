@@ -6,6 +6,8 @@ import socket
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,8 +17,10 @@ from megatron_moe.config.errors import DataError, NonFiniteError
 from megatron_moe.config.run import RunConfig
 from megatron_moe.data.batch import Batch
 from megatron_moe.data.hashes import hashes_path
+from megatron_moe.data.tokenizer import build_tokenizer
 from megatron_moe.launch import children
 from megatron_moe.parallel.state import ParallelState
+from megatron_moe.training import trainer as trainer_module
 from megatron_moe.training.engine import StepResult, grid_of
 from megatron_moe.training.restarts import FILE
 from megatron_moe.training.trainer import Trainer
@@ -105,6 +109,22 @@ def test_a_file_ends_the_job_with_75_and_it_goes_on_once_the_file_is_gone(
     switch.unlink()
     assert call(*command, "--exit-interval", "1") == 0
     assert steps_in(tmp_path / "log") == [*steps, stopped + 1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_while_the_model_is_built_ends_the_job_with_75_too(
+    number: signal.Signals, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe(tmp_path, long_job(corpus, tmp_path))
+
+    def signalled(*arguments: Any) -> Any:
+        os.kill(os.getpid(), number)
+        return build_tokenizer(*arguments)
+
+    with mock.patch.object(trainer_module, "build_tokenizer", signalled):
+        assert call("--config", str(recipe)) == 75
+    assert "stopped by a signal before the first step; nothing was trained" in capsys.readouterr().out
+    assert not (tmp_path / "saved").exists()
 
 
 def test_numbers_that_are_none_end_a_job_with_16_and_the_last_good_checkpoint(corpus: Path, tmp_path: Path) -> None:
