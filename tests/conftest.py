@@ -63,13 +63,11 @@ def trials(request: pytest.FixtureRequest) -> Iterator[Trials]:
     found, started = ledger.trials_of(node), time.monotonic()
     yield found
     ledger.close(node, found, started)
+    path = request.config.option.goals_json
+    if path is not None:
+        ledger.write(path)  # a long run may be ended at any time
     report = getattr(node, "call_report", None)
     if report is not None and report.failed:
         print(found.said)
     assert report is None or not report.passed or found.done >= found.wanted, found.said
 
-
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    path = session.config.option.goals_json
-    if path is not None:
-        session.config.stash[LEDGER].write(path)

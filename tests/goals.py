@@ -15,6 +15,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_moe.config.whole_file import write_whole
+from tests.faults.conditions import conditions
+
 
 @dataclass
 class Trials:
@@ -102,5 +105,7 @@ class Ledger:
         return sorted(found.values(), key=lambda row: (int(row.goal[1:]), row.test))
 
     def write(self, path: Path) -> None:
-        found = {"nightly": self.nightly, "seed": self.seed, "rows": [asdict(row) for row in self.merged()]}
-        path.write_text(json.dumps(found, indent=1) + "\n")
+        """What is known so far."""
+        told = {"nightly": self.nightly, "seed": self.seed, **conditions()}
+        text = json.dumps(told | {"rows": [asdict(row) for row in self.merged()]}, indent=1)
+        write_whole(path, text + "\n")

@@ -10,13 +10,13 @@ import torch
 from goals import Trials
 from ranks import run_on_ranks
 
-from megatron_moe.checkpoint.load import examine, find_checkpoint
+from megatron_moe.checkpoint.load import Examined, examine, find_checkpoint
 from megatron_moe.checkpoint.save import CheckpointWriter
 from megatron_moe.config.errors import CheckpointError
 from megatron_moe.parallel.blocks import Block, flat_range_blocks
 from megatron_moe.parallel.layout import LogicalPiece
 from megatron_moe.parallel.state import Axis
-from tests.checkpoint.samples import HastyStorage
+from tests.checkpoint.samples import ALONE, HastyStorage
 from tests.checkpoint.test_ranks import world_of
 
 pytestmark = pytest.mark.timeout(7200)
@@ -60,6 +60,13 @@ def read(root: Path, world: Axis) -> str:
     return ""
 
 
+def large() -> dict[str, list[Block]]:
+    """Of one rank: 6 MB in a hundred tensors."""
+    draws = torch.Generator().manual_seed(0)
+    blocks = [Block(f"w{at}", (120, 125), (0, 0), torch.randn(120, 125, generator=draws), True) for at in range(100)]
+    return {"model": blocks[:50], "optim": blocks[50:]}
+
+
 def write(rank: int, world_size: int, root: Path) -> None:
     writer = CheckpointWriter(root, world_of(world_size), None, "run", HastyStorage(), background=False)
     writer.save(STEP, parts(rank), {"samples": 7}, "{}", {"corpus": "abc"})
@@ -91,7 +98,7 @@ def draw(rng: random.Random, sizes: dict[str, int]) -> Flip:
     return name, rng.randrange(8 * sizes[name])
 
 
-@pytest.mark.goal("R8", ci=500, nightly=100_000, what="a random bit of a checkpoint of 4 ranks flipped: all ranks told")
+@pytest.mark.goal("R8", ci=200, nightly=4000, what="a random bit of a checkpoint of 4 ranks flipped: all ranks told")
 def test_any_flipped_bit_is_told_on_all_ranks(tmp_path: Path, trials: Trials) -> None:
     run_on_ranks(RANKS, write, tmp_path)
     sizes = {path.name: path.stat().st_size for path in sorted((tmp_path / FOLDER).iterdir())}
@@ -105,3 +112,19 @@ def test_any_flipped_bit_is_told_on_all_ranks(tmp_path: Path, trials: Trials) ->
         name, bit = flips[number - trials.first]
         examined, on_read = heard[0][number - trials.first]
         assert name in examined and name in on_read, (name, bit, examined, on_read)
+
+
+@pytest.mark.goal("R8", ci=1000, nightly=100_000, what="a random bit of a checkpoint of 6 MB flipped: found, named")
+def test_any_flipped_bit_of_a_larger_one_is_found(tmp_path: Path, trials: Trials) -> None:
+    writer = CheckpointWriter(tmp_path, ALONE, None, "run", HastyStorage(), background=False)
+    writer.save(STEP, large(), {"samples": 7}, "{}", {"corpus": "abc"})
+    folder = tmp_path / FOLDER
+    sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+    assert sum(sizes.values()) > 6_000_000
+    for number, rng in trials:
+        where = draw(rng, sizes)
+        flip(folder, where)
+        found = examine(folder, STEP, ALONE, CPU, "xxh3")
+        flip(folder, where)
+        assert isinstance(found, str) and where[0] in found, (number, where, found)
+    assert isinstance(examine(folder, STEP, ALONE, CPU, "xxh3"), Examined)

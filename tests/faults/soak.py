@@ -6,27 +6,23 @@ What must hold: it gets on, every step has the hash of the undisturbed run's, no
 import argparse
 import json
 import os
-import platform
 import random
-import shutil
 import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_moe.checkpoint.rotate import step_folder, stored_steps
-from megatron_moe.checkpoint.stream import code_version
 from tests.end_to_end.tiny_job import Step, job, write_corpus
+from tests.faults.conditions import conditions
 from tests.faults.leaks import Held, leaked, left_by_saves
 from tests.faults.mix import faults
 from tests.faults.plan import ERRNOS, Fault
@@ -209,7 +205,6 @@ def report(soaking: Soaking, seconds: float, steps: Sequence[Step], problems: Se
         problems.append("the supervisor's file handles grew")
     return {
         "soak": True,
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "seed": soaking.wanted.seed,
         "minutes": round(seconds / 60, 2),
         "ranks": soaking.wanted.ranks,
@@ -228,17 +223,8 @@ def report(soaking: Soaking, seconds: float, steps: Sequence[Step], problems: Se
         "problems": problems,
         "supervisor": found.supervisor.said(),
         "rank 0": found.ranks.said(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "megatron_moe": code_version()},
-        "commit": _commit(),
-        "cores": os.cpu_count(),
-        "load": round(os.getloadavg()[0], 1),
+        **conditions(),
     }
-
-
-def _commit() -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    told = subprocess.run(command, capture_output=True, text=True, check=False) if shutil.which("git") else None
-    return told.stdout.strip() or None if told else None
 
 
 def soak(wanted: Soak, folder: Path) -> dict[str, Any]:

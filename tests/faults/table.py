@@ -1,4 +1,4 @@
-"""The table of a run of the fault trials: `python -m tests.faults.table FILE` prints it as Markdown."""
+"""The table of a run of the fault trials, or of its parts: `python -m tests.faults.table FILE...` prints it."""
 
 import json
 import sys
@@ -8,10 +8,11 @@ from typing import Any
 GROWTH = ("growth (MB/h)", "fewest handles, first third", "fewest handles, last third")
 
 
-def table(found: dict[str, Any]) -> str:
+def table(*parts: dict[str, Any]) -> str:
     """One line for each test: goal, what was done, trials, seconds."""
+    rows = sorted((row for found in parts for row in found["rows"]), key=lambda row: int(row["goal"][1:]))
     lines = ["| goal | what is done, and must hold | trials | seconds |", "|---|---|---:|---:|"]
-    for row in found["rows"]:
+    for row in rows:
         what = row["what"] + "".join(f"; {name}: {value:g}" for name, value in row["notes"].items())
         done = f"{row['done']:,}" if row["passed"] else f"**{row['done']:,} of {row['wanted']:,}: failed**"
         lines.append(f"| {row['goal']} | {what} | {done} | {row['seconds']:.0f} |")
@@ -38,5 +39,5 @@ def soak_table(found: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    told = json.loads(Path(sys.argv[1]).read_text())
-    print(soak_table(told) if "soak" in told else table(told))
+    told = [json.loads(Path(name).read_text()) for name in sys.argv[1:]]
+    print(soak_table(told[0]) if "soak" in told[0] else table(*told))

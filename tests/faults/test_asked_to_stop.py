@@ -137,7 +137,7 @@ def ask_later(trainer: Trainer, request: Request, switch: Path, struck: list[int
 @pytest.mark.goal(
     "R24",
     ci=50,
-    nightly=1000,
+    nightly=500,
     what="TERM, USR1, INT or the file at any time, 0-4 data workers: one step, a checkpoint, 75 on all ranks",
 )
 @pytest.mark.slow

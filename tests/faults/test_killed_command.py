@@ -192,7 +192,7 @@ COMMANDS = {
 def marked(name: str) -> object:
     ci = 50 if name.startswith("preprocessing") else 100
     what = f"SIGKILL during {name}: nothing half-visible, the command again succeeds"
-    return pytest.param(name, marks=pytest.mark.goal("R3", ci=ci, nightly=1000, what=what))
+    return pytest.param(name, marks=pytest.mark.goal("R3", ci=ci, nightly=300, what=what))
 
 
 @pytest.mark.parametrize("name", [marked(name) for name in COMMANDS])

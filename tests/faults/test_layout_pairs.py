@@ -161,7 +161,7 @@ def draw_run(rng: random.Random, family: str, other_than: str = "") -> Run:
 SOURCES = 2  # of each family
 
 
-@pytest.mark.goal("R13", ci=40, nightly=1000, what="saved on one layout, loaded on another: the same bits and losses")
+@pytest.mark.goal("R13", ci=40, nightly=400, what="saved on one layout, loaded on another: the same bits and losses")
 def test_any_layout_loads_on_any_other(tmp_path: Path, trials: Trials) -> None:
     rng = random.Random(f"{trials.seed} sources")
     count = SOURCES * (1 if trials.wanted < 100 else 5)

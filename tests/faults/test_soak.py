@@ -17,7 +17,7 @@ EVERY_S = 3.0
 @pytest.mark.goal(
     "R42",
     ci=6,
-    nightly=600,
+    nightly=60,
     what="a job on 4 ranks under kills, hangs, errors, bad disks, flipped bits, preemption: as undisturbed, no leaks",
 )
 @pytest.mark.slow

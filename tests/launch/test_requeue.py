@@ -95,7 +95,7 @@ class Trouble:
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
-@pytest.mark.goal("R25", ci=20, nightly=200, what="a SLURM job preempted: one log, each step once, same losses")
+@pytest.mark.goal("R25", ci=20, nightly=100, what="a SLURM job preempted: one log, each step once, same losses")
 def test_a_job_that_is_preempted_over_and_over_has_one_continuous_log(tmp_path: Path, trials: Trials) -> None:
     write_corpus(tmp_path / "tokens")
     folder = tmp_path / "job"

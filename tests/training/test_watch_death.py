@@ -19,7 +19,7 @@ SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGUSR2)
 @pytest.mark.goal(
     "R18",
     ci=50,
-    nightly=1000,
+    nightly=300,
     what="one of 3 ranks dies of a signal while the others wait for it or compute: they end with 86 and name it",
 )
 def test_the_others_end_and_name_rank_host_process_and_signal(trials: Trials, tmp_path: Path) -> None:
