@@ -1,6 +1,7 @@
 """SIGKILL to a command that writes: nothing half-done is to be seen, and the same command again does its work."""
 
 import json
+import os
 import random
 import shutil
 from abc import ABC, abstractmethod
@@ -14,6 +15,7 @@ from goals import Trials
 from megatron_moe.checkpoint.catalogue import open_place
 from megatron_moe.checkpoint.compare import differences
 from megatron_moe.checkpoint.load import Examined, examine
+from megatron_moe.checkpoint.manifest import MANIFEST
 from megatron_moe.checkpoint.rotate import step_folder, stored_steps
 from megatron_moe.convert.export import ExportOptions, export_model
 from tests.checkpoint.samples import ALONE, assert_holds_sample, files_of, newest, save_sample
@@ -100,6 +102,58 @@ class Prune(Command):
         assert left_by_saves(folder) == []
 
 
+class Rotate(Command):
+    """A save after which the link `latest` moves on and the oldest checkpoint goes."""
+
+    STEPS, SAVED, KEEP = (10, 20), 30, 2
+
+    def __init__(self, source: Path) -> None:
+        super().__init__(source)
+        for step in self.STEPS:
+            save_sample(source, step)
+
+    def prepare(self, folder: Path) -> None:
+        shutil.copytree(self.source, folder, symlinks=True)
+
+    def run(self, folder: Path) -> int:
+        save_sample(folder, self.SAVED, keep=self.KEEP).finish()
+        return 0
+
+    def is_there(self, folder: Path) -> bool:
+        found = newest(folder)
+        assert_holds_sample(found)
+        assert found.step in (self.SAVED, self.STEPS[-1]) and len(self._whole(folder)) >= self.KEEP
+        return found.step == self.SAVED
+
+    def _whole(self, folder: Path) -> list[int]:
+        looks = {step: examine(step_folder(folder, step), step, ALONE, CPU, "xxh3") for step in stored_steps(folder)}
+        return [step for step, look in looks.items() if isinstance(look, Examined)]
+
+    def run_again(self, folder: Path) -> int:
+        # the next save is that of a further step: one that is there is left alone, and nothing follows it
+        save_sample(folder, self.SAVED, keep=self.KEEP).finish()
+        save_sample(folder, self.SAVED + 10, keep=self.KEEP).finish()
+        return 0
+
+    def check(self, folder: Path) -> None:
+        assert stored_steps(folder) == self._whole(folder) == [self.SAVED + 10, self.SAVED]
+        assert left_by_saves(folder) == []
+        assert os.readlink(folder / "latest") == step_folder(folder, self.SAVED + 10).name
+
+
+class SaveOver(Rotate):
+    """The same over what failed attempts have left, and in place of a broken checkpoint of that step."""
+
+    def __init__(self, source: Path) -> None:
+        super().__init__(source)
+        save_sample(source, self.SAVED)
+        broken = step_folder(source, self.SAVED)
+        (broken / MANIFEST).unlink()
+        for left in (".tmp-run-1", ".tmp-other-3", ".tmp-removed"):
+            shutil.copytree(broken, broken.with_name(broken.name + left))
+        (source / "latest.tmp-run").symlink_to(broken.name)
+
+
 class Export(Command):
     def __init__(self, source: Path) -> None:
         super().__init__(source)
@@ -183,6 +237,8 @@ class Overwrite(Preprocess):
 COMMANDS = {
     "reshard": Reshard,
     "prune": Prune,
+    "rotation and the swap of the link": Rotate,
+    "a save over leftovers and a broken checkpoint": SaveOver,
     "HF export": Export,
     "preprocessing": Preprocess,
     "preprocessing over an older pair": Overwrite,
