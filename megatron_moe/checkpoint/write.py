@@ -94,16 +94,17 @@ def write_share(storage: Storage, share: Share) -> RankTable:
         table = RankTable()
         # hashes are computed beside the disk, not before or after it
         with ThreadPoolExecutor(max(1, 3 * len(share.snapshot))) as beside:
-            for begun in [_begin(beside, share, part) for part in share.snapshot]:
-                content = begun.content.result()
+            parts = [_begin(beside, share, part) for part in share.snapshot]
+            for content in (begun.content.result() for begun in parts):
                 path = content.path
                 if len(content.data):
                     write_file(storage, path, memoryview(content.head), content.data.data)
-                _enter(table, begun, share.snapshot[content.part].compared)
-        for name, data in share.texts.items():
-            path = share.folder / name
-            write_file(storage, path, memoryview(data))
-            table.files[name] = StoredFile(len(data), hashlib.sha256(data).hexdigest())
+            for name, data in share.texts.items():
+                path = share.folder / name
+                write_file(storage, path, memoryview(data))
+                table.files[name] = StoredFile(len(data), hashlib.sha256(data).hexdigest())
+            for begun in parts:
+                _enter(table, begun, share.snapshot[begun.content.result().part].compared)
         return table
     except OSError as error:
         return RankTable(problem=describe_failure(error, path, share.num_bytes), storage=True)

@@ -1,9 +1,10 @@
 """Saving and loading a checkpoint against the disk itself, and against what else a user would take.
 
 Ranks are forked; each holds its share of the experts' tensors and of the optimizer's state (ZeRO-1 shards: flat ranges,
-cut across tensors), `many` small tensors or `few` large ones. In every round all ways run once, in an order that turns,
-and a ratio compares two ways of one round: other load on the machine hits both. Files are dropped from the page cache
-before each load, and what is loaded goes into memory that is there already. All are float32.
+cut across tensors): `many` small tensors, `few` large ones, or `usual` ones, as experts have them. In every round all
+ways run once, in an order that turns, and a ratio compares two ways of one round: other load on the machine hits both.
+Files are dropped from the page cache before each load, and what is loaded goes into memory that is there already. All
+are float32.
 
     write raw      os.write of the same bytes from one stretch of memory in pieces of 32 MiB, and fsync
     read raw       preadv of the same bytes into one stretch of memory in pieces of 8 MiB
@@ -45,7 +46,7 @@ from megatron_moe.parallel.state import ParallelState
 from tools.benchmark.checkpoint_ways import Share, Ways
 from tools.benchmark.results import machine, surroundings
 
-SHAPES = {"many": (128, 128), "few": (4096, 4096)}  # 64 KiB, 64 MiB
+SHAPES = {"many": (128, 128), "usual": (1024, 1024), "few": (4096, 4096)}  # 64 KiB, 4 MiB, 64 MiB
 # name: (dividend, divisor), both seconds of one round
 RATIOS = {
     "save speed / raw write": ("write raw", "save"),
@@ -102,7 +103,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=int, default=512, help="of all ranks together; default 512")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], metavar="R", help="forked; default 1 2 4")
-    parser.add_argument("--tensors", nargs="+", choices=tuple(SHAPES), default=list(SHAPES), help="default both")
+    parser.add_argument("--tensors", nargs="+", choices=tuple(SHAPES), default=list(SHAPES), help="default all")
     parser.add_argument("--rounds", type=int, default=5, help="that count, after one that does not; default 5")
     parser.add_argument("--folder", type=Path, help="on the disk to be measured; default a temporary one")
     parser.add_argument("--no-peers", action="store_true", help="leave out safetensors and dcp")
