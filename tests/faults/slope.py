@@ -16,20 +16,21 @@ class Growth:
 
     # arrays: what measures a slope must not grow itself
     seconds: "array[float]" = field(default_factory=lambda: array("d"))
-    resident: "array[float]" = field(default_factory=lambda: array("d"))  # bytes
+    resident: "array[float]" = field(default_factory=lambda: array("d"))  # bytes that are no file's
     handles: "array[int]" = field(default_factory=lambda: array("l"))
 
     def add(self, now: float, process: int) -> None:
         """One measurement; none of a process that is gone."""
         try:
-            pages = int(Path(f"/proc/{process}/statm").read_text().split()[1])
+            resident, shared = map(int, Path(f"/proc/{process}/statm").read_text().split()[1:3])
             handles = len(os.listdir(f"/proc/{process}/fd"))
         except (FileNotFoundError, ProcessLookupError, PermissionError):
             return
-        if pages == 0:
+        if resident == 0:
             return  # it has ended, nobody has noticed yet
         self.seconds.append(now)
-        self.resident.append(pages * PAGE)
+        # pages of files, such as a library's, come and go with what else the machine does
+        self.resident.append((resident - shared) * PAGE)
         self.handles.append(handles)
 
     @property
