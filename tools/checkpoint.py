@@ -42,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     ls.add_argument("--hashes", action="store_true", help="read everything; without, manifests and sizes")
     verify = commands.add_parser("verify", help="every checksum of a step, or of all steps of a directory")
     verify.add_argument("place", type=Path, metavar="DIR|STEP")
-    verify.add_argument("--sha256", action="store_true", help="the checksums of whole files, not of each tensor")
+    verify.add_argument("--sha256", action="store_true", help="the SHA-256 of each file that has one (--save-sha256)")
     verify.add_argument("--raw-read", action="store_true", help="read all once more without hashing, to compare speed")
     diff = commands.add_parser("diff", help="how two checkpoints differ; exit code 1 if they do")
     diff.add_argument("one", type=Path, metavar="A")

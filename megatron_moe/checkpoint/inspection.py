@@ -55,7 +55,7 @@ def inspect_checkpoint(folder: Path, step: int, check: Check) -> Inspection:
     scratch = np.empty(CHUNK_BYTES, dtype=np.uint8)
     stretches = {name: list(group) for name, group in groupby(stretches_of(manifest, check), lambda part: part.file)}
     for name in sorted(set(manifest.files) - set(TEXT_FILES)):
-        found.problems += _file_problems(folder / name, manifest, stretches.get(name, []), check, scratch)
+        found.problems += _file_problems(folder / name, manifest, stretches.get(name, []), scratch)
     model = manifest.parts.get("model", {})
     found.problems += [f"model tensor '{name}' is not there" for name in folded(absent_experts(model))]
     found.remarks += [f"experts {first} and {twin} hold the same numbers" for twin, first in twin_experts(model)]
@@ -64,9 +64,7 @@ def inspect_checkpoint(folder: Path, step: int, check: Check) -> Inspection:
     return found
 
 
-def _file_problems(
-    path: Path, manifest: Manifest, stretches: list[Stretch], check: Check, scratch: Bytes
-) -> Iterator[str]:
+def _file_problems(path: Path, manifest: Manifest, stretches: list[Stretch], scratch: Bytes) -> Iterator[str]:
     file = manifest.files[path.name]
     try:
         with opened(path, file.size):
@@ -76,23 +74,23 @@ def _file_problems(
     try:
         with opened(path, None) as opened_file:
             for stretch in stretches:
-                yield from _stretch_problem(opened_file, stretch, file.header, check, scratch)
+                yield from _stretch_problem(opened_file, stretch, file.header, scratch)
     except CheckpointError as error:
         if path.exists():
             yield str(error)
 
 
-def _stretch_problem(file: int, stretch: Stretch, header: int, check: Check, scratch: Bytes) -> Iterator[str]:
+def _stretch_problem(file: int, stretch: Stretch, header: int, scratch: Bytes) -> Iterator[str]:
     where = f"{stretch.file}: {stretch.what}, bytes {stretch.start:,} to {stretch.start + stretch.length:,}"
     try:
         if stretch.start == 0 and header_length(file) != header:
             yield f"{where}: says that it has {header_length(file):,} bytes, but {header:,} were written"
-        found = digest_of(file, stretch, check, scratch)
+        found = digest_of(file, stretch, scratch)
     except EOFError as error:
         yield f"{where}: {error}"
         return
     if found != stretch.digest:
-        yield f"{where}: its {check} is {found}, but {stretch.digest} was written"
+        yield f"{where}: its {stretch.kind} is {found}, but {stretch.digest} was written"
 
 
 def raw_read_seconds(found: Inspection) -> float:

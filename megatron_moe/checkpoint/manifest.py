@@ -4,13 +4,14 @@
     "schema": 1, "run_id": "run", "step": 12000, "code_version": "0.1.0",
     "layout": {"world_size": 8},                                     for people only
     "totals": {"tensors": 2, "elements": 96, "bytes": 384, "experts": {...}},
-    "files": {"model-r00000.safetensors": {"size": 512, "header": 128, "header_xxh3": "...", "sha256": "..."}, ...},
+    "files": {"model-r00000.safetensors": {"size": 512, "header": 128, "header_xxh3": "..."}, ...},
     "parts": {"model": {"output.weight": {"dtype": "F32", "shape": [8, 4], "slices": [{"file": ..., "start": 128,
               "length": 64, "offset": [0, 0], "shape": [4, 4], "xxh3": "..."}, ...]}, ...}, "optim": {...}},
     "sha256": "..."}
 
 Each slice is a rectangle of a logical tensor, row-major, at bytes start..start+length of its file. The bytes of every
-tensor file are its header and its slices, nothing else, so the xxh3 of those cover the file.
+tensor file are its header and its slices, nothing else, so the xxh3 of those cover the file. If asked for, the table of
+files also has the SHA-256 of each ("sha256"), which it always has of the JSON files.
 """
 
 import hashlib
@@ -63,7 +64,7 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class StoredFile:
-    """A file beside the manifest. header: bytes before the first slice, 0 for a JSON file."""
+    """A file beside the manifest. sha256: "" if unknown.  header: bytes before the first slice, 0 for a JSON file."""
 
     size: int
     sha256: str
@@ -102,7 +103,7 @@ def _table(name: str, lines: list[str]) -> str:
 
 
 def _file(file: StoredFile) -> dict[str, Any]:
-    found: dict[str, Any] = {"size": file.size, "sha256": file.sha256}
+    found: dict[str, Any] = {"size": file.size} | ({"sha256": file.sha256} if file.sha256 else {})
     return found | ({"header": file.header, "header_xxh3": file.header_xxh3} if file.header else {})
 
 
@@ -207,9 +208,10 @@ def _part_name(name: str) -> str:
 
 
 def _read_file(name: str, entry: dict[str, Any]) -> StoredFile:
-    size, sha256 = _whole(entry["size"]), _digest(entry, "sha256")
+    size = _whole(entry["size"])
     if name in TEXT_FILES:
-        return StoredFile(size, sha256)
+        return StoredFile(size, _digest(entry, "sha256"))
+    sha256 = _digest(entry, "sha256") if "sha256" in entry else ""
     header = _whole(entry["header"])
     if header > HEADER_LIMIT_BYTES:
         raise CheckpointError(f"{name} has a header of {header:,} bytes; at most {HEADER_LIMIT_BYTES:,} are read")

@@ -82,6 +82,7 @@ class CheckpointWriter:
     checkpoint is untouched. Tensors with holes or overlaps raise CheckpointError, replicas that differ ReplicaError, on
     all ranks.
     background: write in a thread; otherwise save() returns when the checkpoint is committed.
+    sha256: put that of each tensor file into the manifest too, beside the xxh3-128 of each piece.
     Between saves the writer keeps the memory of one snapshot (HostMemory), until finish().
     device: where the world's communicator wants its tensors.
     """
@@ -94,6 +95,7 @@ class CheckpointWriter:
         run_id: str,
         storage: Storage | None = None,
         background: bool = True,
+        sha256: bool = False,
         device: torch.device | None = None,
     ) -> None:
         if keep is not None and keep < 1:
@@ -105,6 +107,7 @@ class CheckpointWriter:
         self._run_id = run_id
         self._storage = storage or Storage()
         self._background = background
+        self._sha256 = sha256
         self._device = device or torch.device("cpu")
         self._rotation = Rotation(self._storage, root, keep)
         self._memory = HostMemory()
@@ -169,7 +172,8 @@ class CheckpointWriter:
         except (MemoryError, RuntimeError) as error:
             flight.table = RankTable(problem=f"no copy in host memory: {str(error) or 'out of memory'}", storage=True)
         else:
-            share = Share(folder, self._world.rank, snapshot, texts if self._world.is_first else {}, metadata)
+            mine = texts if self._world.is_first else {}
+            share = Share(folder, self._world.rank, snapshot, mine, metadata, self._sha256)
 
             def write() -> None:
                 if self._background:

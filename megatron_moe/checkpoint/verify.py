@@ -23,8 +23,8 @@ from megatron_moe.checkpoint.manifest import (
 from megatron_moe.checkpoint.tensor_file import Bytes, read_exactly
 from megatron_moe.config.errors import CheckpointError
 
-# "sizes": manifest, sizes and the JSON files only; "xxh3": all bytes, fast; "sha256": all bytes, by the file table;
-# "on_read": as "sizes" and the headers of the tensor files, and the tensors when they are read
+# "sizes": manifest, sizes and the JSON files only; "xxh3": all bytes, fast; "sha256": all bytes, by the SHA-256 of each
+# file that has one; "on_read": as "sizes" and the headers of the tensor files, and the tensors when they are read
 Check = Literal["sizes", "on_read", "xxh3", "sha256"]
 
 # JSON files are small; a larger one is an accident
@@ -119,6 +119,7 @@ class Stretch:
     length: int
     digest: str
     what: str
+    kind: Literal["xxh3", "sha256"] = "xxh3"
 
 
 def stretches_of(manifest: Manifest, check: Check) -> list[Stretch]:
@@ -126,16 +127,18 @@ def stretches_of(manifest: Manifest, check: Check) -> list[Stretch]:
     tensor_files = {name: file for name, file in manifest.files.items() if name not in TEXT_FILES}
     if check == "sizes":
         return []
-    if check == "sha256":
-        return [Stretch(name, 0, file.size, file.sha256, "the file") for name, file in sorted(tensor_files.items())]
-    found = [Stretch(name, 0, file.header, file.header_xxh3, "the header") for name, file in tensor_files.items()]
+    whole = {name: file for name, file in tensor_files.items() if file.sha256} if check == "sha256" else {}
+    found = [Stretch(name, 0, file.size, file.sha256, "the file", "sha256") for name, file in whole.items()]
+    pieces = {name: file for name, file in tensor_files.items() if name not in whole}
+    found += [Stretch(name, 0, file.header, file.header_xxh3, "the header") for name, file in pieces.items()]
     if check == "on_read":
         return sorted(found, key=lambda stretch: stretch.file)
     for part, tensors in manifest.parts.items():
         for name, tensor in tensors.items():
             for piece in tensor.slices:
-                what = f"{part} tensor '{name}' {piece.rectangle}"
-                found.append(Stretch(piece.file, piece.start, piece.length, piece.xxh3, what))
+                if piece.file not in whole:
+                    what = f"{part} tensor '{name}' {piece.rectangle}"
+                    found.append(Stretch(piece.file, piece.start, piece.length, piece.xxh3, what))
     return sorted(found, key=lambda stretch: (stretch.file, stretch.start))
 
 
@@ -153,7 +156,7 @@ def _share(stretches: list[Stretch], rank: int, world_size: int) -> list[Stretch
 
 def check_share(folder: Path, manifest: Manifest, rank: int, world_size: int, check: Check) -> str:
     """Hash this rank's share of the files; returns what is wrong, "" when nothing is."""
-    return check_stretches(folder, manifest, _share(stretches_of(manifest, check), rank, world_size), check)
+    return check_stretches(folder, manifest, _share(stretches_of(manifest, check), rank, world_size))
 
 
 def check_unread(
@@ -165,10 +168,10 @@ def check_unread(
         for name, piece in unread
     ]
     ordered = sorted(stretches, key=lambda stretch: (stretch.file, stretch.start))
-    return check_stretches(folder, manifest, _share(ordered, rank, world_size), "xxh3")
+    return check_stretches(folder, manifest, _share(ordered, rank, world_size))
 
 
-def check_stretches(folder: Path, manifest: Manifest, stretches: Sequence[Stretch], check: Check) -> str:
+def check_stretches(folder: Path, manifest: Manifest, stretches: Sequence[Stretch]) -> str:
     """Read and hash them; returns what is wrong with the first that are."""
     scratch = np.empty(CHUNK_BYTES if stretches else 0, dtype=np.uint8)
     problems: list[str] = []
@@ -178,7 +181,7 @@ def check_stretches(folder: Path, manifest: Manifest, stretches: Sequence[Stretc
                 if header_length(file) != manifest.files[name].header:
                     problems.append(f"{name}: its header does not have the length that the manifest says")
                 for stretch in stretches:
-                    if stretch.file == name and digest_of(file, stretch, check, scratch) != stretch.digest:
+                    if stretch.file == name and digest_of(file, stretch, scratch) != stretch.digest:
                         problems.append(f"{name} is damaged or of another checkpoint: {stretch.what} has another hash")
         except CheckpointError as error:
             problems.append(str(error))
@@ -193,9 +196,9 @@ def header_length(file: int) -> int:
     return 8 + int.from_bytes(head.tobytes(), "little")
 
 
-def digest_of(file: int, stretch: Stretch, check: Check, scratch: Bytes) -> str:
+def digest_of(file: int, stretch: Stretch, scratch: Bytes) -> str:
     """Its hash as it is on the disk, read through `scratch`. Raises OSError, EOFError."""
-    hasher = hashlib.sha256() if check == "sha256" else xxhash.xxh3_128()
+    hasher = hashlib.sha256() if stretch.kind == "sha256" else xxhash.xxh3_128()
     for start in range(0, stretch.length, len(scratch)):
         part = scratch[: min(len(scratch), stretch.length - start)]
         read_exactly(file, part, stretch.start + start)

@@ -73,13 +73,17 @@ def _held(row: list[Any]) -> HeldSlice:
 
 @dataclass(frozen=True)
 class Share:
-    """All that one rank writes: its snapshot and, on the first rank, the JSON files."""
+    """All that one rank writes: its snapshot and, on the first rank, the JSON files.
+
+    sha256: also compute that of its tensor files, which takes longer than a fast disk.
+    """
 
     folder: Path
     rank: int
     snapshot: Snapshot
     texts: Mapping[str, bytes]
     metadata: dict[str, str]
+    sha256: bool = False
 
     @property
     def num_bytes(self) -> int:
@@ -142,10 +146,11 @@ def _content(path: Path, part: str, written: HostBlocks, metadata: dict[str, str
 
 @dataclass(frozen=True)
 class _Begun:
-    """One part, looked at and hashed in other threads. whole: SHA-256 of the file; blocks: xxh3-128 of each."""
+    """One part, looked at and hashed in other threads. whole: SHA-256 of the file, if wanted; blocks: xxh3-128 of each.
+    """
 
     content: Future[_Content]
-    whole: Future[str]
+    whole: Future[str] | None
     blocks: Future[list[str]]
 
 
@@ -156,7 +161,8 @@ def _begin(beside: Executor, share: Share, part: str) -> _Begun:
     def blocks() -> list[str]:
         return _block_digests(content.result().blocks, content.result().data)
 
-    return _Begun(content, beside.submit(lambda: _file_digest(content.result())), beside.submit(blocks))
+    whole = beside.submit(lambda: _file_digest(content.result())) if share.sha256 else None
+    return _Begun(content, whole, beside.submit(blocks))
 
 
 def _file_digest(content: _Content) -> str:
@@ -177,7 +183,8 @@ def _enter(table: RankTable, begun: _Begun, compared: HostBlocks) -> None:
     if len(content.data):
         file = content.path.name
         header = xxhash.xxh3_128_hexdigest(content.head)
-        table.files[file] = StoredFile(head + len(content.data), begun.whole.result(), head, header)
+        whole = begun.whole.result() if begun.whole else ""
+        table.files[file] = StoredFile(head + len(content.data), whole, head, header)
     for block, digest in zip(content.blocks, begun.blocks.result(), strict=True):
         table.slices.append(_held_slice(content.part, block, digest, True, file if block.length else "", head))
     replicas = compared.described()

@@ -29,6 +29,11 @@ class CheckpointConfig:
     strict_resume: bool = option(
         False, "end with exit code 65 when the newest checkpoint is broken, instead of going on from an older one"
     )
+    save_sha256: bool = option(
+        False,
+        "put the SHA-256 of each file of tensors into a checkpoint's manifest too, for other programs; damage is found "
+        "without, and on a fast disk it takes longer than writing",
+    )
     ckpt_step: int | None = option(None, "read the checkpoint of this step, not the newest", at_least=0)
     finetune: bool = option(False, "read the weights only, and start at step 0 with a fresh optimizer")
     no_load_optim: bool = option(False, "read no optimizer state; the step and the data position are kept")

@@ -34,6 +34,7 @@ WSD = ("optimizer.lr_wsd_decay_iters", "optimizer.lr_wsd_decay_style")
 SPANS = ("data.noise_density", "data.mean_noise_span_length", "data.vocab_extra_ids")
 DECAY = ("optimizer.min_lr", "optimizer.lr_decay_iters")
 ROTARY = ("model.rotary_base", "model.rotary_percent")
+SAVING = ("keep", "async_save", "save_sha256", "max_restarts_without_progress")
 LOADING = ("ckpt_step", "strict_resume", "finetune", "no_load_optim", "exit_on_missing_checkpoint")
 NODES = ("parallel.expert_model_parallel_ranks_per_node",)
 
@@ -228,7 +229,7 @@ RULES = (
         "when --split has no share for validation; leave it out, or use a split such as 969,30,1",
     ),
     Rule(
-        ("checkpoint.keep", "checkpoint.async_save", "checkpoint.max_restarts_without_progress"),
+        tuple(f"checkpoint.{name}" for name in SAVING),
         lambda run: run.checkpoint.save is None,
         "without a directory to save to; leave it out, or give --save",
     ),

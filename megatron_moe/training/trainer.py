@@ -123,6 +123,7 @@ class Trainer:
             keep=wanted.keep,
             run_id=run_id(self.config),
             background=wanted.async_save,
+            sha256=wanted.save_sha256,
             device=self.device,
         )
 

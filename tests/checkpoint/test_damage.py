@@ -24,9 +24,9 @@ from tests.checkpoint.samples import ALONE, assert_holds_sample, newest, save_sa
 CPU = torch.device("cpu")
 
 
-def tiny(root: Path) -> Path:
+def tiny(root: Path, sha256: bool = True) -> Path:
     """A checkpoint whose every byte can be tried."""
-    writer = CheckpointWriter(root, ALONE, None, "run", background=False)
+    writer = CheckpointWriter(root, ALONE, None, "run", background=False, sha256=sha256)
     writer.save(1, {"model": [whole_block("w", torch.tensor([1.0, 2.0]))]}, {"n": 1}, "{}", {})
     return root / "step_00000001"
 
@@ -83,6 +83,20 @@ def test_sha256_finds_damage_too_and_sizes_alone_do_not(tmp_path: Path) -> None:
     assert "model tensor 'w' [0:2] has another hash" in problem(folder)
     assert "the file has another hash" in problem(folder, "sha256")
     assert problem(folder, "sizes") == ""
+
+
+def test_the_sha256_is_that_of_the_file_or_left_out(tmp_path: Path) -> None:
+    name = "model-r00000.safetensors"
+    for sha256 in (True, False):
+        folder = tiny(tmp_path / str(sha256), sha256)
+        entry = json.loads((folder / "MANIFEST.json").read_text())["files"][name]
+        data = bytearray((folder / name).read_bytes())
+        assert entry.get("sha256") == (hashlib.sha256(data).hexdigest() if sha256 else None)
+        assert problem(folder, "sha256") == ""
+        data[-1] ^= 1
+        (folder / name).write_bytes(data)
+        # without one, all bytes are still hashed, piece by piece
+        assert ("the file" if sha256 else "model tensor 'w'") in problem(folder, "sha256")
 
 
 @pytest.mark.goal("R10", ci=1, nightly=1, what="a file of another step, or of another run: refused")

@@ -260,6 +260,7 @@ CASES: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
     ),
     ({"checkpoint.keep": 2}, "without a directory to save to", SAVE),
     ({"checkpoint.async_save": False}, "--no-async-save (from the recipe)", SAVE),
+    ({"checkpoint.save_sha256": True}, "--save-sha256 (from the recipe)", SAVE),
     ({"checkpoint.max_restarts_without_progress": 5}, "--max-restarts-without-progress 5 (from the recipe)", SAVE),
     ({"checkpoint.ckpt_step": 5}, "without a directory to load from", LOAD),
     ({"checkpoint.finetune": True}, "without a directory to load from", LOAD),

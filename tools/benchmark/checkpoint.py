@@ -10,6 +10,7 @@ are float32.
     read raw       preadv of the same bytes into one stretch of memory in pieces of 8 MiB
     copy           the same bytes from one stretch of memory to another that was touched before
     save           CheckpointWriter.save in the foreground: written, synced, checked, renamed
+    save, sha256   the same with --save-sha256
     save, no hash  the same with all hashes replaced by constants
     background     save in the background, to the end;  stall: until the step goes on, with memory kept from a save
                    before;  first stall: with a new writer that was not given the time to prepare, and must first
@@ -50,6 +51,7 @@ SHAPES = {"many": (128, 128), "usual": (1024, 1024), "few": (4096, 4096)}  # 64 
 # name: (dividend, divisor), both seconds of one round
 RATIOS = {
     "save speed / raw write": ("write raw", "save"),
+    "save speed with sha256 / raw write": ("write raw", "save, sha256"),
     "background save speed / raw write": ("write raw", "background"),
     "load speed / raw read": ("read raw", "load"),
     "stall / copy": ("stall", "copy"),

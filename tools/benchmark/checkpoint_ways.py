@@ -87,13 +87,15 @@ class Ways:
         self.steps = itertools.count(1)
         self.kept = self._writer(background=True)
         self.foreground = self._writer(background=False)
+        self.with_sha256 = self._writer(background=False, sha256=True)
         self.seconds: dict[str, float] = {}
         self.safe_file = folder / f"safe-{self.rank}.safetensors"
         self.raw_file = folder / f"raw-{self.rank}"
         self.safe = require("safetensors.torch", extra="dev")
 
-    def _writer(self, background: bool) -> CheckpointWriter:
-        return CheckpointWriter(self.folder / "ours", self.world, None, "benchmark", background=background)
+    def _writer(self, background: bool, sha256: bool = False) -> CheckpointWriter:
+        folder = self.folder / "ours"
+        return CheckpointWriter(folder, self.world, None, "benchmark", background=background, sha256=sha256)
 
     def timed(self, name: str, call: Callable[[], object]) -> None:
         """All ranks begin together; the slowest one counts."""
@@ -149,6 +151,8 @@ class Ways:
         self._forget()
         with without_hashes():
             self.timed("save, no hash", lambda: self._finish(self.foreground, self._save(self.foreground)))
+        self._forget()
+        self.timed("save, sha256", lambda: self._finish(self.with_sha256, self._save(self.with_sha256)))
         self._forget()
         self._background("stall", self.kept)
         new = self._writer(background=True)
