@@ -306,7 +306,7 @@ class FullyShardedParameters:
         """All parameters and remembered states of the stage in the model's dtype; to read, for they may be copies."""
         return self._blocks([parameter.own_weights.to(parameter.dtype) for parameter in self._sharded])
 
-    def fill_weights(self, fill: Callable[[list[Block]], None]) -> None:
+    def fill_weights(self, fill: Callable[[list[Block]], object]) -> None:
         """Let `fill` write the same blocks."""
         weights = [parameter.own_weights.to(parameter.dtype) for parameter in self._sharded]
         fill(self._blocks(weights))

@@ -238,7 +238,7 @@ class Engine:
         weights = module_copies(self.stages, self.state) if self._sharded is None else self._sharded.weight_copies()
         return weights + self.optimizer.copies()
 
-    def fill_weights(self, fill: Callable[[list[Block]], None]) -> None:
+    def fill_weights(self, fill: Callable[[list[Block]], object]) -> None:
         """Let `fill` write the model's weights and remembered states; the optimizer goes on from them."""
         if self._sharded is not None:
             self._sharded.fill_weights(fill)

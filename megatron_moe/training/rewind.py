@@ -17,7 +17,7 @@ def way_back(root: Path, spike: int, distance: int, world: Axis, device: torch.d
     """
     steps = [step for step in all_stored_steps(root, world, device) if step < spike]
     old_enough = [step for step in steps if step <= spike - distance]
-    return (old_enough[:1] or steps[-1:] or [None])[0]
+    return next(iter(old_enough or steps[-1:]), None)
 
 
 def fill_back(

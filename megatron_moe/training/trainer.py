@@ -365,7 +365,7 @@ class Trainer:
 
     def _take_up(self, reader: CheckpointReader) -> None:
         """All of a checkpoint of this run, but for which steps were skipped: that is history."""
-        self.engine.fill_weights(lambda blocks: reader.fill_all(blocks))
+        self.engine.fill_weights(reader.fill_all)
         self._fill_optimizer(reader)
         self._go_on_after(reader)
 
