@@ -87,6 +87,7 @@ def test_the_order_depends_on_neither_ranks_nor_workers(dataset: Dataset, trials
         assert read(dataset, steps, dp=dp, workers=workers) == wanted, (dp, workers)
 
 
+@pytest.mark.timeout(7200)
 @pytest.mark.goal("R12", ci=50, nightly=5000, what="stopped, gone on with other ranks: no sample twice, none left out")
 def test_no_sample_is_repeated_or_skipped_when_the_ranks_change(dataset: Dataset, trials: Trials) -> None:
     for _, rng in trials:

@@ -1,5 +1,6 @@
 """What the README says is what is there: flags, the table of routers, the example."""
 
+import json
 import re
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from megatron_moe.certify.combinations import layouts
 from megatron_moe.certify.tiny_run import TOLERANCE
 from megatron_moe.config.run import RunConfig
+from tests.faults.table import table
 from tests.house.sources import ROOT
 from tools.list_routers import main as list_routers
 
@@ -49,3 +51,16 @@ def test_the_router_in_the_readme_is_the_file_beside_it() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     shown = re.search(r"```python\n(.*?)```", text, re.DOTALL)
     assert shown and shown.group(1) == (ROOT / "examples" / "router" / "cosine_router.py").read_text(encoding="utf-8")
+
+
+def test_the_table_of_goals_is_that_of_the_last_run_and_no_goal_is_missing() -> None:
+    """`bash tests/faults/run.sh --json` wrote the counts."""
+    marked = [path.read_text(encoding="utf-8") for path in ROOT.glob("tests/**/test_*.py")]
+    tried = {goal for text in marked if "mark.goal(" in text for goal in re.findall(r'"(R\d+)"', text)}
+    newest = max((ROOT / "tests" / "faults" / "results").glob("*-goals.json"))
+    counts = json.loads(newest.read_text(encoding="utf-8"))
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    shown = re.search(r"<!-- goals -->\n(.*?)\n<!-- end -->", text, re.DOTALL)
+    assert shown and shown.group(1) == table(counts)
+    assert {row["goal"] for row in counts["rows"]} == tried and all(row["passed"] for row in counts["rows"])
+    assert f"{counts['date']}, seed {counts['seed']}" in text
