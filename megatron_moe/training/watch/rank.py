@@ -31,7 +31,7 @@ from megatron_moe.training.watch.watcher import DUMP_SIGNAL, Link, watch
 
 logger = logging.getLogger(__name__)
 
-CAUSE_S = 0.5  # how long an error waits for the news of who died
+CAUSE_S = 3.0  # how long an error waits at most for the news of who died, which on a busy machine takes its time
 GOODBYE_S = 2.0
 BEFORE_TIMEOUT = 0.9  # of a collective's own timeout, after which it would fail without naming anybody
 # a mesh is made of their process groups, which is not done through a wrapper
@@ -51,7 +51,7 @@ class Watch:
         """A step is over. step: finished ones, itself included."""
 
     def cause(self) -> str | None:
-        """Who died, after an error that another rank's death may have brought; waits for it for half a second."""
+        """Who died, after an error that another rank's death may have brought; waits a moment for it."""
         return None
 
     def meet(self, state: ParallelState, device: torch.device, host: str) -> ParallelState:
