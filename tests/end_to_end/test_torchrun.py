@@ -82,7 +82,7 @@ def test_torchrun_starts_a_killed_rank_again_and_the_job_ends_the_same(
         os.kill(rng.choice(ranks_of(process)), signal.SIGKILL)
         out, said = process.communicate(timeout=600)
         assert process.returncode == 0, said
-        assert "resuming after step" in out or when < 5, out
+        assert "resuming after step" in out or when < 10, out
         assert contents(whole_checkpoint(folder / "saved")) == contents(whole_checkpoint(undisturbed / "saved"))
         assert losses(folder) == losses(undisturbed)
 

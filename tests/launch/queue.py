@@ -8,15 +8,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-# starts the ranks, each in a group and with a place of its own, and hands signals on to all of its group; ends with the
-# largest exit code
+# starts the ranks, each in a group and with a place of its own, and hands signals on to all of its group; ends those
+# that are left --wait seconds after the first has ended; ends with the largest exit code
 SRUN = """#!{python} -ISE
-import os, signal, subprocess, sys
+import os, signal, subprocess, sys, time
 signals = (signal.SIGTERM, signal.SIGUSR1)
 signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-command = sys.argv[1:]
+command, wait = sys.argv[1:], 1e9
 while command[0].startswith("--"):
-    del command[0]
+    flag, _, value = command.pop(0).partition("=")
+    wait = float(value) if flag == "--wait" else wait
 ranks = []
 for rank in map(str, range(int(os.environ["SLURM_NTASKS"]))):
     place = dict(SLURM_STEP_ID="0", SLURM_PROCID=rank, SLURM_LOCALID=rank, SLURMD_NODENAME="localhost")
@@ -33,9 +34,15 @@ with open(step + ".new", "w") as file:
     file.write(str(os.getpid()))
 os.rename(step + ".new", step)
 signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
-codes = [rank.wait() for rank in ranks]
+until = None
+while any(rank.poll() is None for rank in ranks):
+    if until is None and any(rank.returncode is not None for rank in ranks):
+        until = time.monotonic() + wait
+    if until is not None and time.monotonic() > until:
+        pass_on(signal.SIGKILL, None)
+    time.sleep(0.01)
 os.remove(step)
-sys.exit(max(code if code >= 0 else 128 - code for code in codes))
+sys.exit(max(rank.returncode if rank.returncode >= 0 else 128 - rank.returncode for rank in ranks))
 """
 SCONTROL = """#!/bin/bash
 case "$1 $2" in

@@ -7,11 +7,12 @@ the folder $QUEUE.
 
 import json
 import os
+import select
 import signal
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -96,8 +97,13 @@ def _watch(connection: socket.socket) -> None:
         connection.close()
         _run(json.loads(data), outputs)
     connection.sendall(f"{rank}\n".encode())
-    code = os.waitstatus_to_exitcode(os.waitpid(rank, 0)[1])
-    connection.sendall(f"{code}\n".encode())
+    found = status = 0
+    while not found:
+        found, status = os.waitpid(rank, os.WNOHANG)
+        if not found and select.select([connection], [], [], 0.02)[0]:
+            os.kill(rank, signal.SIGKILL)  # the stand-in is gone
+    with suppress(BrokenPipeError):
+        connection.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
     os._exit(0)
 
 

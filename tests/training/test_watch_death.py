@@ -1,14 +1,20 @@
 """A rank that dies ends the others soon, and they say who it was and of what."""
 
 import os
+import resource
 import signal
 import statistics
+import threading
 import time
 from pathlib import Path
 
 import pytest
 from goals import Trials
 
+from megatron_moe.training.watch.rank import Watched
+from megatron_moe.training.watch.server import Settings
+from megatron_moe.training.watch.verdict import Limits
+from tests.faults.mortal import DONE, in_child
 from tests.training.watched_ranks import Plan, start
 
 # those of crashes and of the alarm clock are caught by the test runner
@@ -48,3 +54,17 @@ def test_the_others_end_and_name_rank_host_process_and_signal(trials: Trials, tm
     trials.notes["longest (s)"] = round(max(took), 3)
     # the bar is one second; the machine of the test may be busy
     assert statistics.median(took) < 5.0
+
+
+def test_a_rank_with_a_thousand_open_files_is_watched_too(tmp_path: Path) -> None:
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+
+    def work() -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, 4096), most))
+        for _ in range(1100):
+            os.open(os.devnull, os.O_RDONLY)
+        with Watched(0, Settings(1, Limits(None, None, None), None, tmp_path)):
+            time.sleep(0.2)
+            assert "watch" in [thread.name for thread in threading.enumerate()], "the thread that listens is gone"
+
+    assert in_child(work, under=tmp_path, log=tmp_path / "log") == DONE, (tmp_path / "log").read_text()

@@ -62,11 +62,12 @@ def test_a_hung_rank_is_named_and_all_are_ended(trials: Trials, tmp_path: Path) 
     assert statistics.median(took) < 10.0
 
 
+@pytest.mark.timeout(3600)
 @pytest.mark.goal("R19", ci=200, nightly=20000, what="steps of uneven ranks under a hang timeout of 6 s: no alarm")
 def test_there_is_no_false_alarm(trials: Trials, tmp_path: Path) -> None:
     plan = Plan(3, 1, at_step=0, num_steps=trials.wanted, slow_s=0.002, hang_s=6.0, straggler_factor=5.0)
     ranks = start(plan, tmp_path / "clean")
-    ranks.await_end([0, 1, 2])
+    ranks.await_end([0, 1, 2], after_s=0.05 * trials.wanted)
     assert [ranks.codes[rank] for rank in range(3)] == [0, 0, 0], ranks.said(0)
     assert not (ranks.folder / "hang.txt").exists()
     assert "megatron_moe" not in "".join(ranks.said(rank) for rank in range(3))

@@ -101,8 +101,9 @@ class Started:
             assert time.monotonic() < until, "the ranks do not get there"
             time.sleep(0.002)
 
-    def await_end(self, ranks: list[int]) -> None:
-        until = time.monotonic() + AWAITED_S
+    def await_end(self, ranks: list[int], after_s: float = 0.0) -> None:
+        """after_s: what they have to do takes so long."""
+        until = time.monotonic() + after_s + AWAITED_S
         waiting = [rank for rank in ranks if rank not in self.codes]
         while waiting:
             for rank in list(waiting):

@@ -174,10 +174,12 @@ class Watched(Watch):
     def _listen(self) -> None:
         """In a thread of its own: what the watcher says, until it is gone."""
         deadline: float | None = None
+        # not select(), which refuses the handles above 1023 of a process that has many files open
+        news = select.poll()
+        news.register(self._pipe, select.POLLIN)
         while True:
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            ready, _, _ = select.select([self._pipe], [], [], left)
-            if not ready:
+            if not news.poll(None if left is None else 1000 * left):
                 self._give_up(PeerError.exit_code, f"rank {self._rank} lost another rank: {self._cause}.")
             messages = self._pipe.receive()
             if messages is None:
