@@ -68,7 +68,7 @@ def contents(reader: CheckpointReader) -> tuple[dict[str, bytes], dict[str, Any]
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.goal("R23", ci=1, nightly=50, what="torchrun --max-restarts, a rank killed: the same final state")
+@pytest.mark.goal("R23", ci=1, nightly=20, what="torchrun --max-restarts, a rank killed: the same final state")
 def test_torchrun_starts_a_killed_rank_again_and_the_job_ends_the_same(
     undisturbed: Path, tmp_path: Path, trials: Trials
 ) -> None:
