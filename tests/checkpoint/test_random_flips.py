@@ -98,7 +98,7 @@ def draw(rng: random.Random, sizes: dict[str, int]) -> Flip:
     return name, rng.randrange(8 * sizes[name])
 
 
-@pytest.mark.goal("R8", ci=200, nightly=4000, what="a random bit of a checkpoint of 4 ranks flipped: all ranks told")
+@pytest.mark.goal("R8", ci=100, nightly=4000, what="a random bit of a checkpoint of 4 ranks flipped: all ranks told")
 def test_any_flipped_bit_is_told_on_all_ranks(tmp_path: Path, trials: Trials) -> None:
     run_on_ranks(RANKS, write, tmp_path)
     sizes = {path.name: path.stat().st_size for path in sorted((tmp_path / FOLDER).iterdir())}

@@ -104,6 +104,7 @@ def agent(port: str, *arguments: str) -> "subprocess.Popen[str]":
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
+@pytest.mark.night
 @pytest.mark.goal(
     "R12", ci=1, nightly=5, what="one of 2 elastic agents killed: the other goes on in a fallback layout"
 )

@@ -23,21 +23,24 @@ TEXT
 venv="" torch_index="" rest=()
 take_environment_options "$@"
 answer_help
-json="$(mktemp -d)/goals.json" arguments=()
+json="$(mktemp -d)/goals.json" arguments=() which="goal and not night"
 for ((number = 0; number < ${#rest[@]}; number++)); do
     if [[ ${rest[number]} == --json ]]; then
         number=$((number + 1))
         json=$(realpath -m -- "${rest[number]:?--json needs a file}")
     else
+        [[ ${rest[number]} == --nightly ]] && which=goal
         arguments+=("${rest[number]}")
     fi
 done
 
 cd "$REPOSITORY"
 stage "environment ready: $venv" make_environment test "$venv" "$torch_index"
+# to collect the others takes as long as some trials
+mapfile -t files < <(grep -rl --include='test_*.py' 'mark\.goal(' tests | sort)
 failed=0
-PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 "$venv/bin/python" -m pytest -p timeout -p hypothesispytest -q -m goal \
-    --goals-json "$json" "${arguments[@]}" || failed=$?
+PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 "$venv/bin/python" -m pytest -p timeout -p hypothesispytest -q -m "$which" \
+    --goals-json "$json" "${arguments[@]}" "${files[@]}" || failed=$?
 "$venv/bin/python" -m tests.faults.table "$json"
 echo "Counts: $json"
 exit "$failed"

@@ -11,7 +11,7 @@ from tests.faults.slope import Growth
 from tests.faults.soak import Soak, soak
 from tests.faults.table import soak_table
 
-EVERY_S = 3.0
+EVERY_S = 2.0
 
 
 @pytest.mark.goal(

@@ -63,6 +63,7 @@ def hash_of_run(rank: int, world_size: int, text: str, *spikes: int) -> tuple[st
     return state_hash(trainer), trainer.skipped.steps
 
 
+@pytest.mark.night
 @pytest.mark.goal("R27", ci=1, nightly=1, what="rewound after a spike by itself: bit-identical to a run told to skip")
 @pytest.mark.parametrize("name", [None, *(name for name in LAYOUTS if name not in ("DP 2", "DP 4"))])
 def test_a_rewound_run_is_one_that_was_told_to_skip(

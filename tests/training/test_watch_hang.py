@@ -25,7 +25,7 @@ TELLING = {
 @pytest.mark.timeout(3600)
 @pytest.mark.goal(
     "R19",
-    ci=14,
+    ci=7,
     nightly=140,
     what="a rank of 3 hangs in one of 7 ways: the report names it, with the stacks of all; exit code 87, no orphan",
 )
