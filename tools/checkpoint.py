@@ -106,13 +106,20 @@ def verify_steps(given: argparse.Namespace) -> int:
         found = inspect_checkpoint(step_folder(place.root, step), step, "sha256" if given.sha256 else "xxh3")
         for problem in found.problems:
             print(f"{found.folder.name}: {problem}")
-        for remark in found.remarks:
+        for remark in [*found.remarks, *without_sha256(found if given.sha256 else None)]:
             print(f"{found.folder.name}: remark: {remark}")
         print(f"{found.folder.name}: {verdict(found, given.raw_read)}")
         bad += [step] if found.problems else []
     if bad:
         raise CheckpointError(f"{place.root}: damaged: {', '.join(f'step {step}' for step in bad)}.")
     return 0
+
+
+def without_sha256(found: Inspection | None) -> list[str]:
+    """What was compared in its place; nothing when there is no such file."""
+    files = found.manifest.files.values() if found is not None and found.manifest else ()
+    count = sum(not file.sha256 for file in files)
+    return [f"{count} files have no SHA-256 (--save-sha256): each piece's xxh3-128 was compared"] if count else []
 
 
 def verdict(found: Inspection, raw_read: bool) -> str:
