@@ -106,7 +106,7 @@ def verify_steps(given: argparse.Namespace) -> int:
         found = inspect_checkpoint(step_folder(place.root, step), step, "sha256" if given.sha256 else "xxh3")
         for problem in found.problems:
             print(f"{found.folder.name}: {problem}")
-        for remark in [*found.remarks, *without_sha256(found if given.sha256 else None)]:
+        for remark in [*found.remarks, *(without_sha256(found) if given.sha256 else [])]:
             print(f"{found.folder.name}: remark: {remark}")
         print(f"{found.folder.name}: {verdict(found, given.raw_read)}")
         bad += [step] if found.problems else []
@@ -115,10 +115,9 @@ def verify_steps(given: argparse.Namespace) -> int:
     return 0
 
 
-def without_sha256(found: Inspection | None) -> list[str]:
-    """What was compared in its place; nothing when there is no such file."""
-    files = found.manifest.files.values() if found is not None and found.manifest else ()
-    count = sum(not file.sha256 for file in files)
+def without_sha256(found: Inspection) -> list[str]:
+    """What was compared in its place; nothing when all files have one."""
+    count = len(found.manifest.without_sha256) if found.manifest else 0
     return [f"{count} files have no SHA-256 (--save-sha256): each piece's xxh3-128 was compared"] if count else []
 
 

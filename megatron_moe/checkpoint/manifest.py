@@ -84,6 +84,11 @@ class Manifest:
     files: dict[str, StoredFile]
     parts: dict[str, dict[str, StoredTensor]] = field(repr=False)
 
+    @property
+    def without_sha256(self) -> list[str]:
+        """Files whose SHA-256 is not known."""
+        return [name for name, file in self.files.items() if not file.sha256]
+
     def to_text(self) -> str:
         """The whole file, its own hash included."""
         sections = [

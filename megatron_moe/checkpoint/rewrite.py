@@ -28,7 +28,14 @@ def reshard(reader: CheckpointReader, root: Path, num_ranks: int, storage: Stora
     need = int(reader.manifest.totals["bytes"])
     attempt = f"{reader.run_id}-reshard"
     with streamed_checkpoint(
-        root, reader.step, reader.run_id, mark=attempt, need=need, flag="DST", storage=storage
+        root,
+        reader.step,
+        reader.run_id,
+        mark=attempt,
+        need=need,
+        flag="DST",
+        sha256=not reader.manifest.without_sha256,
+        storage=storage,
     ) as made:
         tables = [RankTable() for _ in range(num_ranks)]
         for part in reader.tensors:

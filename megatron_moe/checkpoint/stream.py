@@ -59,16 +59,23 @@ class StreamedFile:
     """
 
     def __init__(
-        self, storage: Storage, folder: Path, part: str, rank: int, pieces: Sequence[Piece], origin: tuple[str, int]
+        self,
+        storage: Storage,
+        folder: Path,
+        part: str,
+        rank: int,
+        pieces: Sequence[Piece],
+        origin: tuple[str, int],
+        sha256: bool,
     ) -> None:
-        """origin: run id and step, hashed with the header: the file fits no other checkpoint."""
+        """origin: run id and step, hashed with the header: the file fits no other checkpoint.  sha256: of all of it."""
         self.name = f"{part}-r{rank:05d}.safetensors"
         self._storage = storage
         self._part = part
         entries = [(_key(piece), piece.dtype, piece.rectangle.shape) for piece in pieces if piece.num_bytes]
         metadata = {"run_id": origin[0], "step": str(origin[1]), "rank": str(rank)}
         self._head = header_bytes(entries, metadata)
-        self._whole = hashlib.sha256(self._head)
+        self._whole = hashlib.sha256(self._head) if sha256 else None
         self._position = len(self._head)
         self._slices: list[HeldSlice] = []
         self._file = storage.create(folder / self.name)
@@ -79,7 +86,8 @@ class StreamedFile:
         digest, start = xxhash.xxh3_128(), self._position
         for run in runs:
             append(self._storage, self._file, run.data)
-            self._whole.update(run.data)
+            if self._whole:
+                self._whole.update(run.data)
             digest.update(run.data)
             self._position += len(run)
         if self._position - start != piece.num_bytes:
@@ -93,7 +101,8 @@ class StreamedFile:
         self._storage.fsync(self._file)
         self.close()
         header = xxhash.xxh3_128_hexdigest(self._head)
-        table.files[self.name] = StoredFile(self._position, self._whole.hexdigest(), len(self._head), header)
+        whole = self._whole.hexdigest() if self._whole else ""
+        table.files[self.name] = StoredFile(self._position, whole, len(self._head), header)
         table.slices.extend(self._slices)
 
     def close(self) -> None:
@@ -116,8 +125,9 @@ def _key(piece: Piece) -> str:
 class StreamedCheckpoint:
     """A folder that becomes the checkpoint of a step by `finish`. Made by `streamed_checkpoint`."""
 
-    def __init__(self, storage: Storage, folder: Path, run_id: str, step: int) -> None:
+    def __init__(self, storage: Storage, folder: Path, run_id: str, step: int, sha256: bool) -> None:
         self.folder = folder
+        self._sha256 = sha256
         self._storage = storage
         self._run_id = run_id
         self._step = step
@@ -125,7 +135,8 @@ class StreamedCheckpoint:
 
     def file(self, part: str, rank: int, pieces: Sequence[Piece]) -> StreamedFile:
         """A new file, to be written and finished."""
-        made = StreamedFile(self._storage, self.folder, part, rank, pieces, (self._run_id, self._step))
+        origin = self._run_id, self._step
+        made = StreamedFile(self._storage, self.folder, part, rank, pieces, origin, self._sha256)
         self._open.append(made)
         return made
 
@@ -159,11 +170,20 @@ def _next_attempt(before: Sequence[Path]) -> int:
 
 @contextmanager
 def streamed_checkpoint(
-    root: Path, step: int, run_id: str, *, mark: str, need: int, flag: str, storage: Storage | None = None
+    root: Path,
+    step: int,
+    run_id: str,
+    *,
+    mark: str,
+    need: int,
+    flag: str,
+    sha256: bool = False,
+    storage: Storage | None = None,
 ) -> Iterator[StreamedCheckpoint]:
     """A checkpoint of `step` to write and to `finish`; nothing of it stays after an error.
 
-    mark: tells this attempt from others.  need: bytes, for messages.  flag: how the user named `root`.
+    mark: tells this attempt from others.  need: bytes, for messages.  flag: how the user named `root`.  sha256: put
+    that of each tensor file into the manifest too.
     ConfigError if `root` has that step already; StorageError if the disk is full or cannot be written.
     """
     storage = storage or Storage()
@@ -178,7 +198,7 @@ def streamed_checkpoint(
         before = [path for path in left_overs(root) if path.name.startswith(folder.name)]
         folder = folder.with_name(f"{folder.name}-{_next_attempt(before)}")
         storage.make_dir(folder)
-        made = StreamedCheckpoint(storage, folder, run_id, step)
+        made = StreamedCheckpoint(storage, folder, run_id, step, sha256)
         yield made
         if os.path.lexists(final):
             # the step is there: nobody needs what they left

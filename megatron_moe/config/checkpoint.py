@@ -32,7 +32,7 @@ class CheckpointConfig:
     save_sha256: bool = option(
         False,
         "put the SHA-256 of each file of tensors into a checkpoint's manifest too, for other programs; damage is found "
-        "without, and on a fast disk it takes longer than writing",
+        "without, and on a fast disk it makes saving slower",
     )
     ckpt_step: int | None = option(None, "read the checkpoint of this step, not the newest", at_least=0)
     finetune: bool = option(False, "read the weights only, and start at step 0 with a fresh optimizer")

@@ -244,7 +244,7 @@ def test_an_accident_is_noticed_and_the_file_named(
 def test_a_sound_checkpoint_loads_in_silence(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = save_moe(tmp_path, moe_blocks())
     assert told_by_a_load(tmp_path, caplog) == ""
-    found = inspect_checkpoint(folder, 1, "sha256")
+    found = inspect_checkpoint(folder, 1, "xxh3")
     assert (found.problems, found.remarks) == ([], [])
 
 

@@ -1,6 +1,7 @@
 """Another number of ranks, the same tensors bit for bit; and how two checkpoints differ."""
 
 import errno
+import hashlib
 import json
 import os
 import random
@@ -15,23 +16,35 @@ from megatron_moe.checkpoint.catalogue import open_place
 from megatron_moe.checkpoint.compare import compare_values, differences
 from megatron_moe.checkpoint.load import find_checkpoint
 from megatron_moe.checkpoint.rewrite import reshard
+from megatron_moe.checkpoint.save import CheckpointWriter
 from megatron_moe.config.errors import CheckpointError, ConfigError, StorageError
 from megatron_moe.parallel.blocks import Block
 from tests.checkpoint.moe_samples import moe_blocks, save_moe
-from tests.checkpoint.samples import ALONE, FailingStorage, HastyStorage, assert_holds_sample, save_sample, whole_block
+from tests.checkpoint.samples import (
+    ALONE,
+    FailingStorage,
+    HastyStorage,
+    assert_holds_sample,
+    save_step,
+    whole_block,
+)
 from tests.checkpoint.tilings import random_shape, random_tiling
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.float16, torch.int64, torch.uint8, torch.bool]
 
 
-def test_every_number_of_ranks_gives_the_same_tensors_and_state(tmp_path: Path) -> None:
-    save_sample(tmp_path / "from", 7)
+@pytest.mark.parametrize("sha256", [True, False])
+def test_every_number_of_ranks_gives_the_same_tensors_and_state(tmp_path: Path, sha256: bool) -> None:
+    save_step(CheckpointWriter(tmp_path / "from", ALONE, None, "run", background=False, sha256=sha256), 7)
     before = open_place(tmp_path / "from")
     for ranks in (1, 2, 3, 8):
         root = tmp_path / str(ranks)
         assert reshard(before, root, ranks, HastyStorage()).layout == {"world_size": ranks}
         after = find_checkpoint(root, None, ALONE, strict=True, check="sha256")
         assert_holds_sample(after)
+        for name, file in after.manifest.files.items():
+            known = sha256 or name.endswith(".json")
+            assert file.sha256 == (hashlib.sha256((after.folder / name).read_bytes()).hexdigest() if known else "")
         assert after.texts == before.texts and after.run_id == before.run_id
         assert list(differences(before, after)) == []
         assert sorted(os.listdir(root)) == ["latest", "step_00000007"]

@@ -29,7 +29,7 @@ def test_what_was_streamed_passes_every_check_and_reads_back(tmp_path: Path) -> 
         for name, tensor in TENSORS.items():
             sink.write(name, tensor)
         sink.finish("{}", {"step": 0}, {"tokenizer": "x"})
-    reader = find_checkpoint(tmp_path, None, WORLD, strict=True, check="sha256")
+    reader = find_checkpoint(tmp_path, None, WORLD, strict=True, check="xxh3")
     assert (reader.step, reader.state, reader.data, reader.config_json) == (0, {"step": 0}, {"tokenizer": "x"}, "{}")
     source = CheckpointSource(reader)
     assert list(source.names()) == sorted(TENSORS)

@@ -74,7 +74,7 @@ def steps_in(log_dir: Path) -> list[int]:
 
 def whole_checkpoint(root: Path) -> CheckpointReader:
     """The newest one, every byte compared with its hash."""
-    return find_checkpoint(root, None, ParallelState.alone().world, strict=True, check="sha256")
+    return find_checkpoint(root, None, ParallelState.alone().world, strict=True, check="xxh3")
 
 
 def fingerprint(folder: Path) -> dict[str, str]:

@@ -36,6 +36,7 @@ from tests.end_to_end.commands import (
     write_recipe,
 )
 from tests.end_to_end.tiny_job import CPU, GLOBAL_BATCH, job, write_corpus
+from tests.faults.mortal import DONE, in_child
 
 LONG = 1_000_000
 
@@ -113,7 +114,7 @@ def test_a_file_ends_the_job_with_75_and_it_goes_on_once_the_file_is_gone(
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_while_the_model_is_built_ends_the_job_with_75_too(
-    number: signal.Signals, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    number: signal.Signals, corpus: Path, tmp_path: Path
 ) -> None:
     recipe = write_recipe(tmp_path, long_job(corpus, tmp_path))
 
@@ -121,9 +122,13 @@ def test_a_signal_while_the_model_is_built_ends_the_job_with_75_too(
         os.kill(os.getpid(), number)
         return build_tokenizer(*arguments)
 
-    with mock.patch.object(trainer_module, "build_tokenizer", signalled):
-        assert call("--config", str(recipe)) == 75
-    assert "stopped by a signal before the first step; nothing was trained" in capsys.readouterr().out
+    def work() -> None:
+        with mock.patch.object(trainer_module, "build_tokenizer", signalled):
+            assert call("--config", str(recipe)) == 75
+
+    said = tmp_path / "said"
+    assert in_child(work, under=tmp_path, log=said) == DONE, said.read_text()
+    assert "stopped by a signal before the first step; nothing was trained" in said.read_text()
     assert not (tmp_path / "saved").exists()
 
 

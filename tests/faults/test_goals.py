@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from goals import Ledger, Trials
 
 from tests.faults.table import table
@@ -57,5 +58,8 @@ def test_too_few_trials_and_failures_are_told(tmp_path: Path) -> None:
         ("R2", "c", 2, False),
         ("R10", "b", 1, False),
     ]
+    assert found["date"] and "commit" in found and found["versions"]["torch"] == torch.__version__
+    one, other = ({**found, "rows": found["rows"][part]} for part in (slice(1, None), slice(1)))
+    assert table(one, other) == table(found)
     lines = table(found).splitlines()[2:]
     assert [line.split(" | ")[2] for line in lines] == ["4", "**2 of 2: failed**", "**1 of 2: failed**"]

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -125,3 +126,11 @@ def test_a_job_that_is_preempted_over_and_over_has_one_continuous_log(tmp_path: 
         assert all(torch.equal(kept[name], tensor) for name, tensor in expected_tensors.items())
     assert not list((folder / "saved").glob("*.tmp*"))
     trials.notes["steps"] = last
+
+
+def test_the_stand_in_for_srun_ends_a_rank_that_waits_for_one_that_has_ended(tmp_path: Path) -> None:
+    queue = Queue(tmp_path, RANKS)
+    work = "[[ $SLURM_PROCID == 1 ]] && exec sleep 1000; exit 3"
+    began = time.monotonic()
+    srun = subprocess.run(["srun", "--wait=1", "bash", "-c", work], env=queue.environment, timeout=60, check=False)
+    assert srun.returncode == 128 + signal.SIGKILL and time.monotonic() - began > 1

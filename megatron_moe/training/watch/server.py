@@ -52,6 +52,7 @@ class Server:
         self._clock = clock
         self._unknown: list[Lines] = []
         self._ranks: dict[int, Lines] = {}
+        self._greeted: set[int] = set()
         self._seen = {rank: Seen(rank) for rank in range(settings.world_size)}
         self._peers: dict[int, int] = {}
         self._windows: dict[int, int] = {}
@@ -63,6 +64,11 @@ class Server:
 
     def sockets(self) -> list[Any]:
         return [self._listener, *self._unknown, *self._ranks.values()]
+
+    @property
+    def owes_news(self) -> bool:
+        """Somebody died, and not all watchers have come yet to hear of it."""
+        return self._cause is not None and len(self._greeted) + 1 < self._settings.world_size
 
     def serve(self, ready: Any) -> None:
         """Something has come over one of `sockets`."""
@@ -93,6 +99,7 @@ class Server:
             lines.close()
             return
         self._ranks[rank] = lines
+        self._greeted.add(rank)
         for message in [first, *rest]:
             self.take(rank, message)
         if self._cause is not None:

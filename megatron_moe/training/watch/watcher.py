@@ -33,6 +33,7 @@ TICK_S = 0.25
 LONGEST_TICK_S = 1.0  # the watcher itself was stopped, or starved: the rank may have been as well
 CONNECT_S = 10.0
 STACK_S, QUIET_S = 0.7, 0.05  # how long stacks are awaited, and that nothing more comes of them
+LATE_S = 2.0  # how long the first rank's watcher outlives it for watchers that are on their way
 KILL_S = 0.4  # a rank that does not end when it is told to is killed
 
 
@@ -71,7 +72,7 @@ class Watcher:
         self._over = False
 
     def run(self) -> None:
-        """Until the rank has ended."""
+        """Until the rank has ended; the server also until all have heard who died."""
         self._report({"host": self._host, "pid": self._link.trainer})
         next_look = time.monotonic()
         while not self._over:
@@ -81,10 +82,15 @@ class Watcher:
                 next_look = now + TICK_S
             self._kill_if_due(now)
             self._wait(min(next_look, self._kill_at or next_look) - now)
+        until = time.monotonic() + LATE_S
+        while self._server is not None and self._server.owes_news and (left := until - time.monotonic()) > 0:
+            self._wait(left)
 
     def _wait(self, seconds: float) -> None:
-        handlers: dict[Any, Callable[[], None]] = {self._link.handle: self._mourn}
-        if self._rank_listens:
+        handlers: dict[Any, Callable[[], None]] = {}
+        if not self._over:
+            handlers[self._link.handle] = self._mourn
+        if self._rank_listens and not self._over:
             handlers[self._rank] = self._hear_rank
         if self._upstream is not None:
             handlers[self._upstream] = self._hear_server
